@@ -1,0 +1,795 @@
+"""PYRA: parallel yielding re-activation, in plain PyTorch + einops.
+
+PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vision Transformer to a task and makes it
+faster in the same, single training stage:
+
+1. LoRA adds a low-rank update to every block's qkv projection; the backbone stays frozen.
+2. ToMe merges the r^l most similar token pairs of every block l between attention and MLP, so later blocks have less to do.
+3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the
+   pairs and yield a gate per channel and a gate per token; their product re-activates what averaging would blur.
+
+After training LoRA folds into the backbone. What is left is a ViT that merges tokens, plus ~10 k numbers of modulation.
+
+    model = create_model("vit_base_patch16_224", num_classes=100)
+    load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a .safetensors / .pth / .npz file
+    add_lora(model, rank=8)
+    add_pyra(model, merge_schedule("high"))
+    ...                                                             # train param_groups(model, lr=1e-3, modulation_lr=1e-4)
+    save_adapter(model, "adapter.safetensors")
+    merge_lora(model)
+
+Axes: b batch, n tokens, h heads, d head dim, c channels, r merged pairs, s modulation rank. Parameter names are timm's.
+
+Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
+- the modulation's LayerNorm has no affine part: only so does ViT-B count the paper's 9.4 K parameters;
+- `param_groups` gives the generators their own learning rate; in the published code that option matches no parameter;
+- LoRA's B starts at zero, so that training starts at the pre-trained model (`init="published"` for the code's init);
+- a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
+- a schedule is an argument, not a list popped during the forward: two forwards agree, and so do compile and checkpointing.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules: how many pairs each block merges
+
+# Table 5 of the supplement. For ViT-L the table prints 23 entries for 24 blocks: one of its 4s is missing (the published
+# code has three). The low lists are the constant 16 and 8; the last block has too few tokens left for a full entry.
+PAPER_SCHEDULES = {
+    ("low", 12): [16] * 11 + [10],
+    ("high", 12): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
+    ("low", 24): [8] * 23 + [6],
+    ("high", 24): [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
+}
+
+
+def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
+    """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
+
+    depth: L, blocks. tokens: T, patches at the start (special tokens not counted). remaining: t, patches after the last
+    block. flops_ratio: F/f, how many times fewer operations; 2 gives a constant schedule. Returns a list of L ints.
+    The equation approximates: the MACs it reaches are a few per cent off F/f. Raises ValueError.
+    """
+    for name, value, least in (("depth", depth, 1), ("remaining", remaining, 0), ("tokens", tokens, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    if remaining >= tokens:
+        raise ValueError(f"remaining ({remaining}) must be less than tokens ({tokens})")
+    if isinstance(flops_ratio, bool) or not isinstance(flops_ratio, (int, float)) or not 1 < flops_ratio < math.inf:
+        raise ValueError(f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+
+    def g(x):
+        return (1 - x / depth) ** (flops_ratio - 1)
+
+    # 1e-9: (1/12) * 192 is 15.999... in floating point, and must floor to 16
+    return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]
+
+
+def merge_schedule(rate, depth=12, tokens=196):
+    """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block.
+
+    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate.
+    Raises ValueError.
+    """
+    if isinstance(rate, str):
+        if rate not in ("low", "high"):
+            raise ValueError(f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
+        if (rate, depth) not in PAPER_SCHEDULES:
+            raise ValueError(f"the paper gives its {rate!r} schedule for depths 12 and 24, not {depth!r}; pass a number for Eq. (1)")
+        if tokens != 196:
+            raise ValueError(f"the paper's {rate!r} schedule is for 196 patches, not {tokens!r}; pass a number for Eq. (1)")
+        return list(PAPER_SCHEDULES[rate, depth])
+    return solve_schedule(depth, tokens, flops_ratio=rate)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens: what flows through the blocks
+
+
+class Tokens(NamedTuple):
+    x: torch.Tensor  # (b, n, c) special tokens first
+    size: torch.Tensor | None  # (b, n, 1) float32: how many tokens each one stands for; None: one each; 0: dead
+    source: torch.Tensor  # (b, n0) int64: for each token of the input, the index of the one that now holds it
+
+
+class QKV(NamedTuple):
+    q: torch.Tensor  # (b, h, n, d)
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear map plus a low-rank update: y = W x + b + B A dropout(x), scale 1.
+
+    On qkv this is the paper's form: one A (rank, c) shared by q, k and v, and one joint B (3c, rank).
+    """
+
+    def __init__(self, linear, rank, dropout=0.0, init="zero"):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
+        self.dropout = dropout
+        if init == "zero":
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        else:  # the published code re-initialises every nn.Linear after LoRA set its own weights
+            nn.init.trunc_normal_(self.lora_a, std=0.02)
+            nn.init.trunc_normal_(self.lora_b, std=0.02)
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)
+        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_b)
+
+    @torch.no_grad()
+    def merged(self):
+        """The plain nn.Linear with W + B A for its weight."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        update = self.lora_b.float() @ self.lora_a.float()
+        linear.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matching, merging, modulation
+
+
+class Matching(NamedTuple):
+    order: torch.Tensor  # (b, n) a permutation: the tokens that stay, in their new order, then the sources, most similar first
+    dst: torch.Tensor  # (b, r) for each source the index, among those that stay, of the token that it merges into
+
+
+def most_merges(n, specials):
+    """The most pairs that can merge among n tokens, `specials` of which never do."""
+    return max((n - specials) // 2, 0)
+
+
+def match(metric, r, specials=1):
+    """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
+
+    metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: 1 (class token) or 2 (class and
+    distillation token), which stay, in front. No gradient flows through the matching. Returns a Matching.
+    """
+    b, n, _ = metric.shape
+    with torch.autocast(metric.device.type, enabled=False):  # in bf16 the similarities would tie
+        metric = F.normalize(metric.detach().float(), dim=-1)
+        scores = metric[:, ::2] @ metric[:, 1::2].mT  # (b, a, n - a)
+    scores[:, 0] = -math.inf  # the class token is even token 0
+    if specials == 2:
+        scores[:, :, 0] = -math.inf  # the distillation token is odd token 0
+    best, partner = scores.max(dim=-1)  # (b, a)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: the class token comes first
+
+    odd = torch.arange(1, n, 2, device=metric.device).expand(b, -1)
+    dst = partner.gather(1, src) + unmerged.shape[1]
+    if specials == 1:
+        order = [2 * unmerged, odd, 2 * src]
+    else:
+        # the distillation token moves up to second place; nothing merges into it, so no other odd token's place changes
+        order = [2 * unmerged[:, :1], odd[:, :1], 2 * unmerged[:, 1:], odd[:, 1:], 2 * src]
+    return Matching(torch.cat(order, dim=1), dst)
+
+
+def take(x, index):
+    """Rows of x (b, n, c) at index (b, m) -> (b, m, c)."""
+    return x.gather(1, repeat(index, "b m -> b m c", c=x.shape[-1]))
+
+
+def merge(tokens, matching, modulate=None):
+    """Size-weighted merging (ToMe §3): every source is averaged into its destination, each weighted by its size.
+
+    modulate: None, or a function of the weighted (sources, destinations), both (b, r, c) and most similar pair first,
+    that gives the sources to merge instead. The divisor stays the merged size. Returns Tokens with r fewer.
+    """
+    x, size, source = tokens
+    order, dst = matching
+    r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
+    if size is None:
+        x = take(x, order)
+        size = torch.ones(*order.shape, 1, device=x.device)
+    else:
+        x = take(x * size.to(x.dtype), order)
+        size = take(size, order)
+    x, x_src = x.split([kept, r], dim=1)
+    size, size_src = size.split([kept, r], dim=1)
+    if modulate is not None:
+        x_src = modulate(x_src, take(x, dst))
+    x = x.scatter_add(1, repeat(dst, "b r -> b r c", c=x.shape[-1]), x_src)
+    size = size.scatter_add(1, dst[..., None], size_src)
+
+    new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
+    new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
+    return Tokens(x / size.to(x.dtype), size, new_index.gather(1, source))
+
+
+def modulate(src, dst, w_r, w_d):
+    """PYRA's re-activation of the source tokens (§3.3 of the paper).
+
+    src, dst: (b, r, c) weighted by size. w_r: (r, s), w_d: (s, c). Returns (b, r, c).
+
+    With P = LN(src + dst), delta_D = W_r^T P (s, c) and delta_r = P W_D^T (r, s):
+    - s = 1: src + src * g_D * g_r with the channel gate g_D = 2 sigmoid(delta_D) in (0, 2) and the token gate
+      g_r = 2 sigmoid(delta_r) - 1 in (-1, 1).
+    - s > 1 (supplement, "Modulation Matrix Rank"): src + src * W with W = delta_r delta_D (r, c). Our reading: Eq. 6, the
+      channel gate, is left out, and W stands where g_r stood, without a squashing function, since none is mentioned.
+    W_D = 0 gives src in both.
+    """
+    p = F.layer_norm(src + dst, src.shape[-1:])
+    delta_d = einsum(w_r, p, "r s, b r c -> b s c")
+    delta_r = einsum(p, w_d, "b r c, s c -> b r s")
+    if w_r.shape[1] == 1:
+        gate = (2 * delta_d.sigmoid()) * (2 * delta_r.sigmoid() - 1)
+    else:
+        gate = einsum(delta_r, delta_d, "b r s, b s c -> b r c")
+    return src + src * gate
+
+
+class ToMe(nn.Module):
+    """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left.
+
+    A token reducer: a block calls it as reducer(tokens, attention) -> tokens, between attention and MLP.
+    """
+
+    def __init__(self, r, specials=1):
+        super().__init__()
+        self.r, self.specials = r, specials
+
+    def tokens_after(self, n):
+        return n - min(self.r, most_merges(n, self.specials))
+
+    def match(self, attention):
+        n = attention.k.shape[2]
+        metric = attention.k.mean(dim=1, dtype=torch.float32)  # (b, n, d) the heads' mean key
+        return match(metric, n - self.tokens_after(n), self.specials)
+
+    def forward(self, tokens, attention):
+        if self.tokens_after(tokens.x.shape[1]) == tokens.x.shape[1]:
+            return tokens
+        return merge(tokens, self.match(attention))
+
+    def extra_repr(self):
+        return f"r={self.r}"
+
+
+class PYRA(ToMe):
+    """ToMe with modulation: w_r has one row a merged pair, in order of similarity, so r is exact and never clamped."""
+
+    def __init__(self, r, dim, s=1, specials=1):
+        super().__init__(r, specials)
+        self.w_r = nn.Parameter(torch.empty(r, s).uniform_(-1, 1) / math.sqrt(s))
+        self.w_d = nn.Parameter(torch.zeros(s, dim))  # zero: training starts at ToMe
+
+    def forward(self, tokens, attention):
+        return merge(tokens, self.match(attention), lambda src, dst: modulate(src, dst, self.w_r, self.w_d))
+
+    def extra_repr(self):
+        return f"r={self.r}, s={self.w_r.shape[1]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Vision Transformer
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the branch for a random part `rate` of the samples."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if self.rate == 0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return x * (keep / (1 - self.rate))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images):  # a convolution whose patches don't overlap is a linear map of each patch
+        (p, q), weight = self.proj.kernel_size, rearrange(self.proj.weight, "c k p q -> c (k p q)")
+        return F.linear(rearrange(images, "b k (y p) (x q) -> b (y x) (k p q)", p=p, q=q), weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x):
+        return QKV(*rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads))
+
+    def forward(self, qkv, size=None):
+        """Softmax(q k^T / sqrt(d) + log size) v, projected: with its size as weight, a merged token counts as all it stands for."""
+        bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
+        x = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.reducer = None
+        self.prop_attn = True  # proportional attention: weigh each key by its size
+
+    def forward(self, tokens):
+        qkv = self.attn.project(self.norm1(tokens.x))
+        x = tokens.x + self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
+        tokens = tokens._replace(x=x)
+        if self.reducer is not None:
+            tokens = self.reducer(tokens, qkv)
+        x = tokens.x + self.drop_path(self.mlp(self.norm2(tokens.x)))
+        return tokens._replace(x=x)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al., 2021) with timm's parameter names.
+
+    img_size, patch_size: pixels; the one must divide the other. distilled: DeiT's second special token and head.
+    global_pool: "token" (the class token's output is classified) or "avg" (MAE's fine-tuning: the patches' mean, each
+    weighted by its size, then fc_norm). drop_path_rate: of the last block; it rises linearly from 0. num_classes = 0: no
+    head, the logits are the pooled features. Raises ValueError.
+    """
+
+    def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 num_classes=1000, distilled=False, global_pool="token", drop_path_rate=0.0):
+        super().__init__()
+        for name, value in dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer of at least 0, not {num_classes!r}")
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool must be 'token' or 'avg', not {global_pool!r}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and less than 1, not {drop_path_rate!r}")
+        self.img_size, self.patch_size, self.embed_dim, self.num_classes = img_size, patch_size, embed_dim, num_classes
+        self.distilled, self.global_pool = distilled, global_pool
+        self.num_patches = (img_size // patch_size) ** 2
+        self.specials = 2 if distilled else 1
+
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + self.num_patches, embed_dim))
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        if global_pool == "avg":
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        else:
+            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if distilled:
+            self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward_tokens(self, images):
+        """images (b, 3, img_size, img_size), normalised -> the Tokens after the last block, their sizes filled in."""
+        if images.ndim != 4 or images.shape[1:] != (3, self.img_size, self.img_size):
+            raise ValueError(f"images must be (b, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
+        specials = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        specials = repeat(torch.cat(specials, dim=1), "1 p c -> b p c", b=images.shape[0])
+        x = torch.cat([specials, self.patch_embed(images)], dim=1) + self.pos_embed
+        source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
+        tokens = Tokens(x, None, source)
+        for block in self.blocks:
+            tokens = block(tokens)
+        if tokens.size is None:
+            tokens = tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=x.device))
+        return tokens
+
+    def pool(self, tokens):
+        """Tokens after the last block -> what the head reads, (b, c)."""
+        if self.global_pool == "token":
+            return self.norm(tokens.x[:, 0])
+        x, size = tokens.x[:, self.specials:], tokens.size[:, self.specials:].to(tokens.x.dtype)
+        return self.fc_norm((x * size).sum(dim=1) / size.sum(dim=1))
+
+    def forward(self, images):
+        """images (b, 3, img_size, img_size), normalised -> logits (b, num_classes) of the class head."""
+        return self.head(self.pool(self.forward_tokens(images)))
+
+    def forward_heads(self, images):
+        """A distilled model's logits of both heads, two (b, num_classes); DeiT's and timm's answer is their mean."""
+        x = self.norm(self.forward_tokens(images).x[:, :2])
+        return self.head(x[:, 0]), self.head_dist(x[:, 1])
+
+
+SIZES = {
+    "vit_nano_patch4_56": dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3),  # ours: data/README.md
+    "vit_tiny_patch16_224": dict(embed_dim=192, num_heads=3),
+    "vit_small_patch16_224": dict(embed_dim=384, num_heads=6),
+    "vit_base_patch16_224": dict(embed_dim=768, num_heads=12),
+    "vit_large_patch16_224": dict(embed_dim=1024, num_heads=16, depth=24),
+    "deit_small_patch16_224": dict(embed_dim=384, num_heads=6),
+    "deit_base_patch16_224": dict(embed_dim=768, num_heads=12),
+    "deit_small_distilled_patch16_224": dict(embed_dim=384, num_heads=6, distilled=True),
+    "deit_base_distilled_patch16_224": dict(embed_dim=768, num_heads=12, distilled=True),
+}
+
+
+def create_model(name, **kwargs):
+    """An untrained VisionTransformer by its timm name; what follows a dot (timm's tag of the weights) is ignored.
+
+    kwargs are VisionTransformer's: num_classes=..., drop_path_rate=..., global_pool="avg" for MAE's. Raises ValueError.
+    """
+    size = SIZES.get(str(name).split(".")[0])
+    if size is None:
+        raise ValueError(f"no model is called {name!r}; there are {', '.join(SIZES)}")
+    return VisionTransformer(**{**size, **kwargs})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Surgery: adapting and merging an existing model
+
+
+def is_adapter(name):
+    """Whether a parameter of that name belongs to LoRA, to a reducer or to the class head: what adaptation trains."""
+    return "lora_" in name or ".reducer." in name or name.startswith("head.")
+
+
+def freeze(model):
+    """Freezes the backbone: of all parameters only LoRA's, the reducers' and the class head's go on training."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_adapter(name))
+
+
+def add_lora(model, rank=8, dropout=0.1, init="zero"):
+    """Adds LoRA to every block's attn.qkv and freezes the backbone (see `freeze`). Returns the model.
+
+    rank: h in the paper. dropout: on LoRA's input, in training. init: "zero" (B = 0), or "published" (A and B truncated
+    normal, 0.02, as the published code has it in effect). Raises ValueError.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a positive integer, not {rank!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
+    if init not in ("zero", "published"):
+        raise ValueError(f"init must be 'zero' or 'published', not {init!r}")
+    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks):
+        raise ValueError("the model has LoRA already; merge_lora folds it in")
+    for block in model.blocks:
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout, init)
+    freeze(model)
+    return model
+
+
+def merge_lora(model):
+    """Folds LoRA into qkv, W + B A, and removes its tensors: the same logits for less work. Returns the model."""
+    for block in model.blocks:
+        if isinstance(block.attn.qkv, LoRALinear):
+            block.attn.qkv = block.attn.qkv.merged()
+            model.lora_merged = True  # save_adapter has nothing left to save then
+    return model
+
+
+def check_schedule(model, r):
+    """r, an int or one entry a block, as a list of ints with one entry a block. Raises ValueError."""
+    depth = len(model.blocks)
+    entries = [r] * depth if isinstance(r, int) else list(r) if isinstance(r, (list, tuple)) else None
+    if entries is None:
+        raise ValueError(f"r must be an integer or a list with one a block, not {r!r}")
+    if len(entries) != depth:
+        raise ValueError(f"the schedule has {len(entries)} entries, the model {depth} blocks")
+    for i, entry in enumerate(entries):
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise ValueError(f"block {i}: r must be an integer, not {entry!r}")
+        if entry < 0:
+            raise ValueError(f"block {i}: r must be at least 0, not {entry}")
+    return entries
+
+
+def add_tome(model, r, prop_attn=True):
+    """Merges tokens in every block with r > 0, in place of any reducer there is. Returns the model.
+
+    r: pairs merged, an int or a list with one entry a block; as in ToMe, a block merges at most half of the tokens that it
+    gets. prop_attn: proportional attention. Raises ValueError.
+    """
+    for block, entry in zip(model.blocks, check_schedule(model, r)):
+        block.reducer = ToMe(entry, model.specials) if entry else None
+        block.prop_attn = prop_attn
+    return model
+
+
+def add_pyra(model, r, s=1, prop_attn=True):
+    """Merges with modulation in every block with r > 0, in place of any reducer there is. Returns the model.
+
+    r as in `add_tome`, but an entry that the tokens left can't satisfy is refused: w_r has a row for each merged pair.
+    s: rank of the generators w_r (r, s) and w_d (s, c). Raises ValueError.
+    """
+    if isinstance(s, bool) or not isinstance(s, int) or s < 1:
+        raise ValueError(f"s must be a positive integer, not {s!r}")
+    entries = check_schedule(model, r)
+    n = model.num_patches + model.specials
+    for i, entry in enumerate(entries):
+        if entry > most_merges(n, model.specials):
+            raise ValueError(f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most_merges(n, model.specials)} pairs can")
+        n -= entry
+    for block, entry in zip(model.blocks, entries):
+        block.reducer = PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed.device) if entry else None
+        block.prop_attn = prop_attn
+    return model
+
+
+def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
+    """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
+
+    Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr.
+    """
+    groups = {
+        "decay": dict(lr=lr, weight_decay=weight_decay, params=[]),
+        "no_decay": dict(lr=lr, weight_decay=0.0, params=[]),
+        "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay, params=[]),
+    }
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim == 1 or name in ("pos_embed", "cls_token", "dist_token")
+            key = "modulation" if name.endswith(("reducer.w_r", "reducer.w_d")) else "no_decay" if plain else "decay"
+            groups[key]["params"].append(p)
+    return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_pretrained(model, source):
+    """Loads a backbone's weights, strictly. Returns the model.
+
+    source: a file, .safetensors, .pth / .pt / .bin (plain, or under "model" or "state_dict"; "module." in front of names is
+    removed) or .npz (Google's JAX release); or a timm name on the Hugging Face hub, "vit_base_patch16_224.orig_in21k".
+
+    The heads stay as they are where the file has none or one for another number of classes. The position embedding is
+    resized to the model's grid. With global_pool="avg" the file's final norm isn't used: MAE trains a new fc_norm.
+    Nothing in a file is executed. Raises FileNotFoundError, or ValueError that lists what is missing, unexpected or misshapen.
+    """
+    weights = read_checkpoint(source)
+    if "blocks.0.norm1.weight" not in weights and "embedding/kernel" in {k.removeprefix("opt/target/") for k in weights}:
+        weights = from_google(weights)
+    weights = {k: v for k, v in weights.items() if not k.startswith("pre_logits.")}  # original in21k; Google drops it too
+    if model.global_pool == "avg":
+        weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
+
+    own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and ".reducer." not in k}
+    for head in ("head", "head_dist"):
+        classes = weights[f"{head}.weight"].shape[0] if f"{head}.weight" in weights else None
+        if classes != model.num_classes or f"{head}.weight" not in own:
+            if head == "head" or model.distilled:
+                weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
+    if "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model)
+
+    missing = [k for k in own if k not in weights and not k.startswith(("head.", "head_dist.", "fc_norm."))]
+    unexpected = [k for k in weights if k not in own]
+    misshapen = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own if k in weights and weights[k].shape != own[k].shape]
+    for what, names in (("lacks", missing), ("has the unexpected", unexpected), ("has the wrong shape of", misshapen)):
+        if names:
+            raise ValueError(f"{source} doesn't fit the model: it {what} {', '.join(names)}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    return model
+
+
+def read_checkpoint(source):
+    """{name: tensor} of a file, or of a model on the hub; see load_pretrained."""
+    path, suffix = str(source), os.path.splitext(str(source))[1]
+    if suffix not in (".safetensors", ".pth", ".pt", ".bin", ".npz"):
+        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+            raise ValueError(f"weights must be a .safetensors, .pth, .pt, .bin or .npz file or a name on the hub, not {path!r}")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
+        except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
+            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {str(error).splitlines()[0]}") from error
+        suffix = ".safetensors"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path!r}")
+    try:
+        if suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        elif suffix == ".npz":
+            import numpy as np
+
+            with np.load(path, allow_pickle=False) as arrays:
+                weights = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, another format, or pickled code
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {str(error).splitlines()[0]}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    return {k.removeprefix("module."): v for k, v in weights.items()}
+
+
+def from_google(arrays):
+    """Google's JAX names and layouts (vision_transformer's .npz releases) -> timm's."""
+    arrays = {k.removeprefix("opt/target/"): v for k, v in arrays.items()}
+    renamed = {}
+
+    def move(old, new, pattern=None):
+        for part in ("kernel", "scale", "bias"):
+            if f"{old}/{part}" in arrays:
+                value = arrays.pop(f"{old}/{part}")
+                renamed[f"{new}.{'bias' if part == 'bias' else 'weight'}"] = rearrange(value, pattern) if pattern and part == "kernel" else value
+
+    for old, new in (("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed")):
+        if old in arrays:
+            renamed[new] = arrays.pop(old)
+    move("embedding", "patch_embed.proj", "p q k c -> c k p q")
+    move("Transformer/encoder_norm", "norm")
+    move("head", "head", "i o -> o i")
+    move("pre_logits", "pre_logits", "i o -> o i")
+    depth = 1 + max((int(m[1]) for m in (re.match(r"Transformer/encoderblock_(\d+)/", k) for k in arrays) if m), default=-1)
+    for i in range(depth):
+        old, new = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        attention = f"{old}/MultiHeadDotProductAttention_1"
+        move(f"{old}/LayerNorm_0", f"{new}.norm1")
+        move(f"{old}/LayerNorm_2", f"{new}.norm2")
+        move(f"{old}/MlpBlock_3/Dense_0", f"{new}.mlp.fc1", "i o -> o i")
+        move(f"{old}/MlpBlock_3/Dense_1", f"{new}.mlp.fc2", "i o -> o i")
+        move(f"{attention}/out", f"{new}.attn.proj", "h d o -> o (h d)")
+        parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
+        if all(f"{part}/{kind}" in arrays for part in parts for kind in ("kernel", "bias")):
+            kernels, biases = ([arrays.pop(f"{part}/{kind}") for part in parts] for kind in ("kernel", "bias"))
+            renamed[f"{new}.attn.qkv.weight"] = rearrange(kernels, "three i h d -> (three h d) i")
+            renamed[f"{new}.attn.qkv.bias"] = rearrange(biases, "three h d -> (three h d)")
+    return {**renamed, **arrays}  # what is left has no place: load_pretrained lists it
+
+
+def resize_pos_embed(pos_embed, model):
+    """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
+    grid, new_grid = math.isqrt(pos_embed.shape[1] - model.specials), math.isqrt(model.num_patches)
+    if pos_embed.ndim != 3 or pos_embed.shape[1] - model.specials != grid**2:
+        raise ValueError(f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
+    specials, patches = pos_embed[:, :model.specials], pos_embed[:, model.specials:]
+    patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=grid)
+    patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", antialias=True)
+    return torch.cat([specials, rearrange(patches, "1 c y x -> 1 (y x) c").to(specials.dtype)], dim=1)
+
+
+def describe(model):
+    """What an adapter must fit, as {str: str}: geometry, classes, LoRA rank, reducers, and a hash of the frozen weights."""
+    qkv = model.blocks[0].attn.qkv
+    reducers = [block.reducer for block in model.blocks]
+    frozen = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist."):
+            frozen.update(name.encode())
+            # as bf16 the hash is the same whether the backbone is held in float32 or in bf16
+            frozen.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    fields = dict(
+        img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
+        lora_rank=qkv.lora_a.shape[0] if isinstance(qkv, LoRALinear) else 0,
+        reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
+        r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
+        s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
+        backbone=frozen.hexdigest(),
+    )
+    return {k: json.dumps(v) for k, v in fields.items()}
+
+
+def save_adapter(model, path):
+    """Writes what was trained, and only that, as safetensors, with what it fits in the metadata (see `describe`).
+
+    Raises ValueError where LoRA was folded in already or nothing was trained.
+    """
+    from safetensors.torch import save_file
+
+    if getattr(model, "lora_merged", False):
+        raise ValueError("LoRA was folded into the backbone: save the adapter before merge_lora")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    if not tensors:
+        raise ValueError("the model has no trained parameters to save")
+    partial = f"{path}.partial"
+    save_file(tensors, partial, metadata={"format": "pyra-adapter", **describe(model)})
+    os.replace(partial, path)  # a crash leaves the old file or the new one, never half of one
+
+
+def load_adapter(model, path):
+    """Loads what save_adapter wrote into a model with the same backbone, LoRA, reducers and classes. Returns the model.
+
+    Raises FileNotFoundError, or ValueError naming what differs; the model is left as it was then.
+    """
+    from safetensors import safe_open
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no adapter {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise ValueError(f"{path} can't be read as a safetensors file: {str(error).splitlines()[0]}") from error
+    if metadata.get("format") != "pyra-adapter":
+        raise ValueError(f"{path} is no adapter: save_adapter did not write it")
+    for key, value in describe(model).items():
+        if metadata.get(key) != value:
+            if key == "backbone":
+                raise ValueError(f"{path} was trained on another backbone: the frozen weights differ")
+            raise ValueError(f"{path} doesn't fit the model: its {key} is {metadata.get(key)}, the model's {value}")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    differing = sorted(trained.keys() ^ tensors.keys())
+    if differing:
+        raise ValueError(f"{path} doesn't fit the model: only one of the two has {', '.join(differing)}")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def token_counts(model):
+    """Tokens before the first block and after each, special ones included: a list of depth + 1 ints."""
+    counts = [model.num_patches + model.specials]
+    for block in model.blocks:
+        counts.append(counts[-1] if block.reducer is None else block.reducer.tokens_after(counts[-1]))
+    return counts
+
+
+def count_macs(model):
+    """Multiply-accumulates of one image's forward pass by formula, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
+
+    A block that gets n tokens and keeps m costs 4 n c^2 + 2 n^2 c (attention) + 2 m c hidden (MLP). Norms, softmax,
+    activations, matching and modulation, together well below 1 %, are left out as is usual.
+    """
+    c, counts = model.embed_dim, token_counts(model)
+    macs = model.num_patches * c * 3 * model.patch_size**2 + c * model.num_classes
+    for block, n, m in zip(model.blocks, counts, counts[1:]):
+        macs += 4 * n * c**2 + 2 * n**2 * c + 2 * m * c * block.mlp.fc1.out_features
+    return macs
