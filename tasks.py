@@ -1,0 +1,470 @@
+"""Images and labels: VTAB-1k's 19 tasks, folders of images, and small tasks that need no download.
+
+    task = find_task("cifar100")                               # Task(name, num_classes, classes, group, path)
+    images, labels = load_split("cifar100", "train800")        # uint8 (800, 3, 224, 224), int64 (800,)
+    x = normalize(images[:64], "imagenet")                     # float32 (64, 3, 224, 224)
+
+Every task has four splits, named as VTAB-1k names them whatever their size: `train800`, `val200`, `train800val200` and `test`.
+A name is one of
+  - the 19 of VTAB-1k, or any other folder of the same layout: `<root>/<task>/{train800,val200,train800val200,test}.txt`,
+    each line `relative/path label`;
+  - `folder:/path/to/images`, a tree with one folder a class;
+  - `sprites_location`, `sprites_orientation`, `sprites_count`, `sprites_distance`, drawn here, and `digits`, scikit-learn's.
+Nothing is downloaded. A task fits in memory as uint8, so it is decoded once and kept; no loader stands between it and the device.
+"""
+import difflib
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train800", "val200", "train800val200", "test")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and numbers
+
+# Table 1 of the paper's supplement: name -> (group, classes, test images). Train has 800 images and val 200, always.
+VTAB = {
+    "cifar100": ("Natural", 100, 10000),
+    "caltech101": ("Natural", 102, 6084),
+    "dtd": ("Natural", 47, 1880),
+    "oxford_flowers102": ("Natural", 102, 6149),
+    "oxford_pet": ("Natural", 37, 3669),
+    "svhn": ("Natural", 10, 26032),
+    "sun397": ("Natural", 397, 21750),
+    "patch_camelyon": ("Specialized", 2, 32768),
+    "eurosat": ("Specialized", 10, 5400),
+    "resisc45": ("Specialized", 45, 6300),
+    "diabetic_retinopathy": ("Specialized", 5, 42670),
+    "clevr_count": ("Structured", 8, 15000),
+    "clevr_dist": ("Structured", 6, 15000),
+    "dmlab": ("Structured", 6, 22735),
+    "kitti": ("Structured", 4, 711),
+    "dsprites_loc": ("Structured", 16, 73728),
+    "dsprites_ori": ("Structured", 16, 73728),
+    "smallnorb_azi": ("Structured", 18, 12150),
+    "smallnorb_ele": ("Structured", 9, 12150),
+}
+
+# The same tasks as other people's exporters and loaders call them; also accepted as folder names.
+ALIASES = {
+    "cifar": "cifar100", "caltech": "caltech101", "flowers102": "oxford_flowers102", "oxford_iiit_pet": "oxford_pet",
+    "pets": "oxford_pet", "camelyon": "patch_camelyon", "resisc": "resisc45", "retinopathy": "diabetic_retinopathy",
+    "clevr_distance": "clevr_dist", "dsprites_location": "dsprites_loc", "dsprites_orientation": "dsprites_ori",
+    "smallnorb_azimuth": "smallnorb_azi", "smallnorb_elevation": "smallnorb_ele",
+}
+
+# The tasks that need no download: name -> classes. Train 800, val 200, test 2000 (digits: 797, all that there are).
+DRAWN = {"sprites_location": 16, "sprites_orientation": 16, "sprites_count": 8, "sprites_distance": 6, "digits": 10}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model needs to know of a task, and where its files are."""
+    name: str
+    num_classes: int
+    classes: tuple       # names by label, or () where nobody wrote them down
+    group: str           # Natural, Specialized, Structured (VTAB-1k); Drawn; Folder; Other
+    path: Path | None    # the task's folder; None for a task that is drawn
+
+
+# ImageNet's statistics; the .5 that the in21k ViTs were trained with; nothing but [0, 1].
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3), "none": ((0.0,) * 3, (1.0,) * 3)}
+
+
+def normalize(images, norm, dtype=torch.float32):
+    """uint8 images (n, 3, h, w) on any device -> float images there; `norm` is "imagenet", "half" or "none" ([0, 1]).
+
+    Raises ValueError for another `norm`.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r} is not one of {', '.join(NORMS)}.")
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in NORMS[norm])
+    return ((images.float() / 255 - mean) / std).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sprites: images drawn from known factors
+
+def _ring(radius, n=32, start=0.0, turn=2 * np.pi):
+    """Vertices (n, 2) of the curve radius(t), t in [start, start + turn)."""
+    t = start + turn * np.arange(n) / n
+    return np.stack([radius(t) * np.cos(t), radius(t) * np.sin(t)], 1)
+
+
+def _ngon(n):
+    return _ring(np.ones_like, n)
+
+
+def _crescent():
+    arc = _ring(np.ones_like, 25, np.pi / 3, 4 * np.pi / 3 * 25 / 24)  # two thirds of a circle, horns to the right
+    return np.concatenate([arc, arc[-2:0:-1] * [0.45, 1.0] + [0.275, 0.0]])
+
+
+# Outlines, x to the right and y down. Those of ORIENTED point to the right and look like themselves after a full turn only.
+SHAPES = {
+    "disc": _ngon(32),
+    "triangle": _ngon(3),
+    "square": _ngon(4),
+    "hexagon": _ngon(6),
+    "star": _ring(lambda t: np.where(np.round(t * 5 / np.pi) % 2, 0.42, 1.0), 10),
+    "cross": [(1, -.35), (1, .35), (.35, .35), (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35), (-.35, -1), (.35, -1), (.35, -.35)],
+    "bar": [(1, -.3), (1, .3), (-1, .3), (-1, -.3)],
+    "flower": _ring(lambda t: 0.72 + 0.28 * np.cos(5 * t)),
+    "arrow": [(1, 0), (.1, .8), (.1, .3), (-1, .3), (-1, -.3), (.1, -.3), (.1, -.8)],
+    "heart": _ring(lambda t: (lambda a: 1.0 - 0.75 * np.abs(np.cos(a / 2)) ** 0.6)(t - np.pi) + 0.25 * np.abs(np.sin(t))),
+    "drop": np.concatenate([[(1.3, 0)], 0.6 * _ring(np.ones_like, 25, np.pi / 3, 4 * np.pi / 3 * 25 / 24)]),
+    "crescent": _crescent(),
+    "ell": [(1, .8), (-.9, .8), (-.9, -.8), (-.3, -.8), (-.3, .2), (1, .2)],
+    "flag": [(1, -.25), (1, .2), (.2, .2), (.2, .9), (-.25, .9), (-.25, .2), (-1, .2), (-1, -.25)],
+    "eff": [(1, -.6), (1, .8), (.6, .8), (.6, -.15), (.2, -.15), (.2, .5), (-.2, .5), (-.2, -.15), (-1, -.15), (-1, -.6)],
+}
+ORIENTED = tuple(list(SHAPES).index(name) for name in ("arrow", "heart", "drop", "crescent", "ell", "flag", "eff"))
+REACH, GRID = 1.4, 256  # a field covers [-REACH, REACH]^2 with GRID x GRID samples
+
+
+@functools.cache
+def _fields():
+    """Signed distance (negative inside) to each outline of SHAPES, centred and scaled to radius 1: (shapes, GRID, GRID).
+
+    Sampling these tables makes drawing a sprite one rotation and one look-up a pixel, whatever its outline.
+    """
+    axis = (np.arange(GRID) + 0.5) / GRID * 2 * REACH - REACH
+    p = np.stack(np.meshgrid(axis, axis), -1)  # (y, x, 2)
+    fields = []
+    for outline in SHAPES.values():
+        a = np.asarray(outline, float)
+        b = np.roll(a, -1, 0)
+        cross = a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]
+        centroid = ((a + b) * cross[:, None]).sum(0) / (3 * cross.sum())
+        a = (a - centroid) / np.linalg.norm(a - centroid, axis=1).max()
+        distance, inside = np.full(p.shape[:2], np.inf), np.zeros(p.shape[:2], bool)
+        for start, end in zip(a, np.roll(a, -1, 0)):
+            edge, q = end - start, p - start
+            along = np.clip(q @ edge / (edge @ edge), 0, 1)
+            distance = np.minimum(distance, np.linalg.norm(q - along[..., None] * edge, axis=-1))
+            crosses = (start[1] > p[..., 1]) != (end[1] > p[..., 1])  # even-odd rule along a ray to the right
+            inside ^= crosses & (q[..., 0] < edge[0] * q[..., 1] / (edge[1] or 1.0))
+        fields.append(np.where(inside, -distance, distance))
+    return np.stack(fields).astype(np.float32)
+
+
+def coverage(shape, x, y, radius, angle, size):
+    """How much of each pixel one sprite an image covers: (n, size, size) float32 in [0, 1], edges anti-aliased.
+
+    shape: (n,) index into SHAPES; x, y: (n,) centroid and radius: (n,) in pixels; angle: (n,) in radians, clockwise as seen.
+    """
+    x, y, radius, angle = (np.asarray(v, np.float32)[:, None, None] for v in (x, y, radius, angle))
+    pixel = np.arange(size, dtype=np.float32) + 0.5
+    dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
+    scale = GRID / (2 * REACH) / radius
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    u = np.clip(dx * cos + dy * sin + GRID / 2, 0, GRID - 1).astype(np.int32)
+    v = np.clip(dy * cos - dx * sin + GRID / 2, 0, GRID - 1).astype(np.int32)
+    index = (np.asarray(shape, np.int32)[:, None, None] * GRID + v) * GRID + u
+    return np.clip(0.5 - _fields().reshape(-1)[index] * radius, 0, 1)
+
+
+def hsv(hue, saturation, value):
+    """Colours (..., 3) in [0, 1] from hue, saturation and value in [0, 1], each (...)."""
+    k = (np.stack([5 + 6 * hue, 3 + 6 * hue, 1 + 6 * hue], -1)) % 6
+    return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def draw_sprites(task, n, rng):
+    """n images of a sprites task -> uint8 (n, 64, 64, 3), labels int64 (n,), and the factors: a dict of arrays (n, sprites).
+
+    Labels are balanced. What the question doesn't ask (shape, colour, size, angle, background, polarity) is drawn independently of the label,
+    so nothing but the answer gives the answer away; except in counting, where more sprites cover more, and sizes vary to blur that.
+    """
+    sprites = {"sprites_location": 1, "sprites_orientation": 1, "sprites_count": 8, "sprites_distance": 5}[task]
+    label = rng.permutation(np.arange(n) % DRAWN[task])
+    shape = rng.integers(len(SHAPES), size=(n, sprites))
+    radius = rng.uniform(4, 8, (n, sprites))
+    angle = rng.uniform(0, 2 * np.pi, (n, sprites))
+    x, y = rng.uniform(8, 56, (2, n, sprites))
+    visible = np.ones((n, sprites), bool)
+    inset = rng.uniform(0.08, 0.92, (2, n))  # where in its bin: no answer is a coin's toss on the border
+
+    if task == "sprites_location":  # a 4 x 4 grid of cells, 12 pixels each, read row by row
+        x[:, 0], y[:, 0] = 8 + 12 * (label % 4 + inset[0]), 8 + 12 * (label // 4 + inset[1])
+    elif task == "sprites_orientation":  # class i is centred on i/16 of a turn
+        shape[:, 0] = rng.choice(ORIENTED, n)
+        radius[:, 0] = rng.uniform(8, 16, n)
+        x[:, 0], y[:, 0] = rng.uniform(18, 46, (2, n))
+        angle[:, 0] = 2 * np.pi * (label + inset[0] - 0.5) / 16
+    elif task == "sprites_count":  # class i has i + 1 sprites, each in its own 16 x 16 cell, so that none hides another
+        radius = rng.uniform(3.5, 7, (n, 1)) * rng.uniform(0.75, 1, (n, sprites))
+        cell = rng.permuted(np.tile(np.arange(16), (n, 1)), axis=1)[:, :sprites]
+        x, y = (16 * (c + 0.5) + rng.uniform(-1, 1, c.shape) * (8 - radius) for c in (cell % 4, cell // 4))
+        visible = np.arange(sprites) <= label[:, None]
+    elif task == "sprites_distance":  # between the two discs, which lie on top; six bins of 6 pixels, from 12 to 48
+        shape = rng.integers(4, len(SHAPES), shape.shape)  # nothing else that looks round from afar
+        shape[:, -2:] = 0
+        distance, direction = 12 + 6 * (label + inset[0]), rng.uniform(0, 2 * np.pi, n)
+        step = np.stack([distance * np.cos(direction), distance * np.sin(direction)])  # (2, n)
+        corner = 7 + rng.random((2, n)) * (50 - np.abs(step)) + np.minimum(step, 0) * -1
+        x[:, -2], y[:, -2] = corner
+        x[:, -1], y[:, -1] = corner + step
+        radius[:, -2:] = rng.uniform(4, 6, (n, 2))
+
+    # A dark background that shades from one colour to another, bright sprites; half of the images are turned into negatives.
+    ramp_angle, ramp = rng.uniform(0, 2 * np.pi, (n, 1, 1)), np.linspace(-0.5, 0.5, 64)
+    ramp = 0.5 + (ramp * np.cos(ramp_angle) + ramp[:, None] * np.sin(ramp_angle)) / np.sqrt(2)  # (n, 64, 64)
+    ends = hsv(rng.random((n, 2)), rng.uniform(0, 1, (n, 2)), rng.uniform(0, 0.4, (n, 2)))[:, :, None, None]  # (n, 2, 1, 1, 3)
+    canvas = (ends[:, 0] + (ends[:, 1] - ends[:, 0]) * ramp[..., None]).astype(np.float32)  # (n, 64, 64, 3)
+    colour = hsv(rng.random((n, sprites)), rng.uniform(0, 0.8, (n, sprites)), rng.uniform(0.7, 1, (n, sprites))).astype(np.float32)
+    for i in range(sprites):
+        alpha = coverage(shape[:, i], x[:, i], y[:, i], radius[:, i], angle[:, i], 64) * visible[:, i, None, None]
+        canvas += alpha[..., None] * (colour[:, i, None, None] - canvas)
+    canvas += rng.normal(0, 0.02, canvas.shape).astype(np.float32)
+    negative = rng.random(n) < 0.5
+    canvas[negative] = 1 - canvas[negative]
+    factors = dict(shape=shape, x=x, y=y, radius=radius, angle=angle, visible=visible, negative=negative)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), label, factors
+
+
+def _drawn_split(name, split):
+    """-> images uint8 (n, h, w, 3), labels int64 (n,), of a task that needs no download."""
+    if split == "train800val200":
+        parts = [_drawn_split(name, part) for part in ("train800", "val200")]
+        return tuple(np.concatenate(both) for both in zip(*parts))
+    if name == "digits":
+        from sklearn.datasets import load_digits
+        images, labels = load_digits(return_X_y=True)
+        # Shuffled, then dealt out class by class, so that every stretch of the order holds every class in its share.
+        order = np.random.default_rng(0).permutation(len(labels))
+        rank = np.empty(len(labels))
+        for c in range(10):
+            members = order[labels[order] == c]
+            rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+        order = order[np.argsort(rank[order], kind="stable")]
+        order = order[{"train800": slice(0, 800), "val200": slice(800, 1000), "test": slice(1000, None)}[split]]
+        grey = np.round(images[order].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+        return grey.repeat(3, axis=-1), labels[order].astype(np.int64)
+    rng = np.random.default_rng([zlib.crc32(name.encode()), SPLITS.index(split)])  # one stream a task and split
+    images, labels, _ = draw_sprites(name, {"train800": 800, "val200": 200, "test": 2000}[split], rng)
+    return images, labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: lists in VTAB-1k's layout, and trees of folders
+
+def _read_list(path):
+    """`relative/path label` lines -> [(relative path, label, line number)]. Raises ValueError for a line that isn't one."""
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(" ")
+        if not file.strip() or not label.isdecimal():
+            raise ValueError(f"{path}, line {number}: expected `relative/path label` with a label of 0 or more, found {line!r}.")
+        items.append((file.strip(), int(label), number))
+    if not items:
+        raise ValueError(f"{path} lists no images.")
+    return items
+
+
+def _list_task(name, path):
+    """The Task of a folder that holds the four lists. Warns, line by line, where one of the 19 differs from Table 1."""
+    lists = {split: path / f"{split}.txt" for split in SPLITS}
+    missing = [file.name for file in lists.values() if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} has no {', '.join(missing)}: a task's folder holds {', '.join(s + '.txt' for s in SPLITS)}.")
+    items = {split: _read_list(file) for split, file in lists.items()}
+    names = path / "classes.txt"
+    classes = tuple(names.read_text(encoding="utf-8-sig").split("\n")) if names.is_file() else ()
+    classes = tuple(c.strip() for c in classes if c.strip())
+    group, num_classes, test = VTAB.get(name, ("Other", len(classes) or 1 + max(label for split in items.values() for _, label, _ in split), 0))
+    for split, lines in items.items():
+        for file, label, number in lines:
+            if label >= num_classes:
+                source = "Table 1" if name in VTAB else "classes.txt"
+                raise ValueError(f"{lists[split]}, line {number}: label {label} is outside 0..{num_classes - 1}, the {num_classes} classes that {source} gives {name}.")
+    if name in VTAB:
+        expected = {"train800": 800, "val200": 200, "train800val200": 1000, "test": test}
+        differs = [f"{split}.txt lists {len(items[split])} images, not {expected[split]}" for split in SPLITS if len(items[split]) != expected[split]]
+        if classes and len(classes) != num_classes:
+            differs.append(f"classes.txt names {len(classes)} classes, not {num_classes}")
+        for line in differs:
+            warnings.warn(f"{path} is not VTAB-1k's {name} of Table 1: {line}.", stacklevel=3)
+    return Task(name, num_classes, classes if len(classes) == num_classes else (), group, path)
+
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+
+
+def _class_folders(path):
+    """Class name -> sorted image files, of a tree with one folder a class (images may lie deeper)."""
+    folders = sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+    tree = {d.name: sorted(f for f in d.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()) for d in folders}
+    if not tree:
+        raise ValueError(f"{path} has no sub-folders: a folder task is a tree with one folder a class.")
+    for name, files in tree.items():
+        if not files:
+            raise ValueError(f"{path / name} holds no images ({' '.join(sorted(SUFFIXES))}).")
+    return tree
+
+
+def _hold_out(tree, seed):
+    """Class -> files, split class by class into 80 % and 20 %, by a seed and nothing else."""
+    rng, kept, held = np.random.default_rng(seed), {}, {}
+    for name, files in tree.items():
+        order, count = rng.permutation(len(files)), round(len(files) * 0.2)
+        held[name], kept[name] = ([files[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+    return kept, held
+
+
+def _folder_splits(path):
+    """Split -> {class: files} of a class-per-folder tree, with the train/, val/ and test/ folders that it has.
+
+    train/ and test/ (or val/) are used as they are; without them a seeded 20 % of each class is the test split.
+    val200 is val/ where train/, val/ and test/ all exist, and a seeded 20 % of each class of train/ otherwise.
+    """
+    given = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    if "train" in given and len(given) > 1:
+        trees = {part: _class_folders(folder) for part, folder in given.items()}
+        for part, tree in trees.items():
+            odd = sorted(set(tree) ^ set(trees["train"]))
+            if odd:
+                raise ValueError(f"{given['train']} and {given[part]} must hold the same classes, and differ in {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}.")
+        train, test = trees["train"], trees.get("test") or trees["val"]
+    else:
+        trees = {}
+        train, test = _hold_out(_class_folders(path), seed=0)
+    if len(trees) == 3:
+        fit, val = train, trees["val"]
+        train = {name: fit[name] + val[name] for name in fit}
+    else:
+        fit, val = _hold_out(train, seed=1)
+    splits = {"train800": fit, "val200": val, "train800val200": train, "test": test}
+    for split, tree in splits.items():
+        if not any(tree.values()):
+            raise ValueError(f"{path} has too few images a class to hold out {split}: a fifth of each class rounds to none.")
+    return splits
+
+
+def _root(root):
+    return Path(root or os.environ.get("PYRA_DATA") or HERE / "data").expanduser()
+
+
+def find_task(name, root=None):
+    """The Task of that name. Reads lists or folder names, never an image, so it is cheap enough to check a config with.
+
+    root: where the tasks' folders are; by default the environment variable PYRA_DATA, or else `data` beside this file.
+    Raises FileNotFoundError (no such task or folder, a missing list) or ValueError (a malformed line, a label out of range, classes that
+    disagree), each in one sentence. Warns where one of VTAB-1k's 19 differs from Table 1: a subset is legal, but not comparable.
+    """
+    if name.startswith("folder:"):
+        path = Path(name.removeprefix("folder:")).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(f"{name}: {path} is not a folder.")
+        classes = tuple(_folder_splits(path)["train800val200"])
+        return Task(name, len(classes), classes, "Folder", path)
+    if name in DRAWN:
+        return Task(name, DRAWN[name], (), "Drawn", None)
+    root = _root(root)
+    name = ALIASES.get(name, name)
+    for folder in [name] + [alias for alias, task in ALIASES.items() if task == name]:
+        if name and (root / folder).is_dir() and (name in VTAB or any((root / folder / f"{split}.txt").is_file() for split in SPLITS)):
+            return _list_task(name, root / folder)
+    if name in VTAB:
+        raise FileNotFoundError(f"Task {name} of VTAB-1k is not in {root}: put its folder there, or set PYRA_DATA (see data/README.md).")
+    here = [d.name for d in sorted(root.iterdir()) if (d / "test.txt").is_file()] if root.is_dir() else []
+    known = list(dict.fromkeys(here + list(DRAWN) + list(VTAB) + list(ALIASES)))
+    near = difflib.get_close_matches(name, known, 3, 0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(dict.fromkeys(list(DRAWN) + here))}, VTAB-1k's 19 and folder:/path."
+    raise FileNotFoundError(f"Unknown task {name!r}, not in {root} either: {hint}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding, once
+
+def _resize(image, size):
+    """A PIL image -> uint8 (3, size, size): RGB, resized straight to a square, bicubic, as the published code does."""
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return rearrange(np.asarray(image), "h w c -> c h w")
+
+
+def _resize_file(file, size):
+    try:
+        with Image.open(file) as image:
+            return _resize(image, size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not an image that can be read: {error}.") from error
+
+
+def _decode(files, size, out, what):
+    """Fill out (n, 3, size, size) from files; Pillow lets go of the GIL, so threads share the work."""
+    threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = pool.map(lambda file: _resize_file(file, size), files)
+        try:
+            for i, image in enumerate(tqdm(decoded, desc=f"decoding {what}", total=len(files), leave=False, delay=2)):
+                out[i] = image
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def load_split(task, split, img_size=224, root=None, cache=None):
+    """One split of a task, whole -> images uint8 (n, 3, img_size, img_size), labels int64 (n,).
+
+    task: a name as find_task takes it; split: one of SPLITS; root: as in find_task; cache: a folder, by default the environment variable
+    PYRA_CACHE, or else `runs/cache` beside this file. Files are decoded once; later calls map the cached array, which is found by the list's
+    lines and each image's size and time of change. Several processes may do so at the same time.
+    Raises what find_task raises, and ValueError or FileNotFoundError for an unknown split, a missing or an unreadable image.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
+    if not isinstance(img_size, int) or img_size < 1:
+        raise ValueError(f"img_size {img_size!r} is not a positive whole number of pixels.")
+    task = find_task(task, root)
+    if task.path is None:
+        images, labels = _drawn_split(task.name, split)
+        images = np.stack([_resize(Image.fromarray(image), img_size) for image in images])
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    if task.group == "Folder":
+        tree = _folder_splits(task.path)[split]
+        items = [(file, task.classes.index(name)) for name, files in tree.items() for file in files]
+    else:
+        items = [(task.path / file, label) for file, label, _ in _read_list(task.path / f"{split}.txt")]
+    files, labels = [file for file, _ in items], torch.tensor([label for _, label in items])
+
+    key = hashlib.sha256(f"{img_size}".encode())
+    for file, label in items:
+        try:
+            stat = file.stat()
+        except OSError:
+            raise FileNotFoundError(f"{file}, of the {split} split of {task.name}, does not exist.") from None
+        key.update(f"\n{file.relative_to(task.path)} {label} {stat.st_size} {stat.st_mtime_ns}".encode())
+    folder = Path(cache or os.environ.get("PYRA_CACHE") or HERE / "runs" / "cache").expanduser()
+    cached = folder / f"{task.path.name}-{split}-{img_size}-{key.hexdigest()[:16]}.npy"
+    if not cached.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")  # complete before it has its name: no reader meets half a file
+        os.close(handle)
+        try:
+            images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, img_size, img_size))
+            _decode(files, img_size, images, f"{task.path.name}/{split}")
+            images.flush()
+            os.replace(partial, cached)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    return torch.from_numpy(np.load(cached, mmap_mode="c")), labels  # copy-on-write: writable for its owner, the file never changes
