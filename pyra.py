@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedules: how many pairs each block merges
@@ -144,10 +144,12 @@ class LoRALinear(nn.Linear):
             nn.init.trunc_normal_(self.lora_b, std=0.02)
 
     def forward(self, x):
-        y, low = F.linear(x, self.weight, self.bias), x
+        y = F.linear(x, self.weight, self.bias)
         if self.training and self.dropout:
-            low = torch.where(drop_mask(x, self.dropout), x / (1 - self.dropout), 0)
-        return y + F.linear(F.linear(low, self.lora_a), self.lora_b)
+            low = F.linear(torch.where(drop_mask(x, self.dropout), x, 0), self.lora_a) / (1 - self.dropout)
+        else:
+            low = F.linear(x, self.lora_a)
+        return y + F.linear(low, self.lora_b)
 
     @torch.no_grad()
     def merged(self):
@@ -200,9 +202,21 @@ def match(metric, r, specials=1):
     return Matching(torch.cat(order, dim=1), dst)
 
 
+def rows(index, n):
+    """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch, image after image."""
+    return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
+
+
 def take(x, index):
-    """Rows of x (b, n, c) at index (b, m) -> (b, m, c)."""
-    return x.gather(1, repeat(index, "b m -> b m c", c=x.shape[-1]))
+    """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). Copying whole rows is far faster than a gather, on a CPU 20 times."""
+    taken = rearrange(x, "b n c -> (b n) c").index_select(0, rows(index, x.shape[1]))
+    return rearrange(taken, "(b m) c -> b m c", b=x.shape[0])
+
+
+def add_at(x, index, y):
+    """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); more than one may go to the same."""
+    added = rearrange(x, "b n c -> (b n) c").index_add(0, rows(index, x.shape[1]), rearrange(y, "b m c -> (b m) c"))
+    return rearrange(added, "(b n) c -> b n c", b=x.shape[0])
 
 
 def merge(tokens, matching, modulate=None):
@@ -215,17 +229,15 @@ def merge(tokens, matching, modulate=None):
     order, dst = matching
     r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
     if size is None:
-        x = take(x, order)
         size = torch.ones(*order.shape, 1, device=x.device)
     else:
-        x = take(x * size.to(x.dtype), order)
-        size = take(size, order)
-    x, x_src = x.split([kept, r], dim=1)
-    size, size_src = size.split([kept, r], dim=1)
+        x = x * size.to(x.dtype)
+    stay, src = order.split([kept, r], dim=1)
+    x, x_src = take(x, stay), take(x, src)
     if modulate is not None:
         x_src = modulate(x_src, take(x, dst))
-    x = x.scatter_add(1, repeat(dst, "b r -> b r c", c=x.shape[-1]), x_src)
-    size = size.scatter_add(1, dst[..., None], size_src)
+    x = add_at(x, dst, x_src.to(x.dtype))
+    size = add_at(take(size, stay), dst, take(size, src))
 
     new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
     new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
@@ -245,12 +257,12 @@ def modulate(src, dst, w_r, w_d):
     W_D = 0 gives src in both.
     """
     p = F.layer_norm(src + dst, src.shape[-1:])
-    delta_d = einsum(w_r, p, "r s, b r c -> b s c")
-    delta_r = einsum(p, w_d, "b r c, s c -> b r s")
+    delta_d = F.linear(p.mT, w_r.mT).mT  # (b, s, c)
+    delta_r = F.linear(p, w_d)  # (b, r, s)
     if w_r.shape[1] == 1:
         gate = (2 * delta_d.sigmoid()) * (2 * delta_r.sigmoid() - 1)
     else:
-        gate = einsum(delta_r, delta_d, "b r s, b s c -> b r c")
+        gate = delta_r @ delta_d  # (b, r, c)
     return src + src * gate
 
 
@@ -338,9 +350,10 @@ class Attention(nn.Module):
         """Softmax(q k^T / sqrt(d) + log size) v, projected: with its size as weight, a merged token counts as all it stands for."""
         bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
         if qkv.q.device.type == "cpu" and torch.is_grad_enabled():
-            # the fused kernel's backward on a CPU takes two to five times as long as these three lines'
-            scores = (qkv.q * qkv.q.shape[-1] ** -0.5) @ qkv.k.mT
-            x = (scores if bias is None else scores + bias).softmax(dim=-1) @ qkv.v
+            # the fused kernel's backward on a CPU takes two to five times as long as these lines
+            q, k, v = (t.contiguous() for t in qkv)
+            scores = (q * q.shape[-1] ** -0.5) @ k.mT
+            x = (scores if bias is None else scores + bias).softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))

@@ -269,8 +269,8 @@ def _read_list(path):
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
-        file, _, label = line.strip().rpartition(" ")
-        if not file.strip() or not label.isdecimal():
+        file, label = (line.rsplit(None, 1) + [""])[:2]
+        if not label.isdecimal():
             raise ValueError(f"{path}, line {number}: expected `relative/path label` with a label of 0 or more, found {line!r}.")
         items.append((file.strip(), int(label), number))
     if not items:

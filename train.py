@@ -91,7 +91,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, kinds = getattr(self, f.name), f.type
-            if kinds is float and type(value) is int:
+            if type(value) is int and isinstance(0.0, kinds):
                 object.__setattr__(self, f.name, float(value))
             elif not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
                 expected = getattr(kinds, "__name__", str(kinds)).replace("NoneType", "None")
@@ -115,13 +115,8 @@ class Config:
             raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {self.device!r}")
         if (self.device or "").startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {self.device} was asked for, and PyTorch finds no CUDA device here")
-        if self.method != "plain":
-            pyra.merge_schedule(self.rate, len(self.blank_model().blocks)) if not isinstance(self.rate, list) else None
-
-    def blank_model(self, num_classes=1):
-        """The backbone's architecture, on no device."""
-        with torch.device("meta"):
-            return create_backbone(self, num_classes)
+        if not isinstance(self.rate, list):
+            pyra.merge_schedule(self.rate)
 
     def resolved(self):
         """The same config with every None replaced by what it stands for."""
@@ -254,7 +249,7 @@ def run(config, runs=None, progress=True):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(runs or os.environ.get("PYRA_RUNS") or HERE / "runs") / config.id()
     if (folder / "result.json").is_file():
-        return Result(**json.loads((folder / "result.json").read_text()))
+        return Result(**{**json.loads((folder / "result.json").read_text()), "folder": str(folder)})
     task = tasks.find_task(config.task, config.data_root)
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
@@ -288,9 +283,6 @@ def run(config, runs=None, progress=True):
                 p.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
     elif rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
@@ -305,8 +297,10 @@ def run(config, runs=None, progress=True):
         model.train()
         for group, peak in zip(optimizer.param_groups, peak_lrs):
             group["lr"] = peak * lr_factor(epoch, config.warmup, config.epochs)
-        # the order depends on seed and epoch alone, so that all processes agree on it
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed * 100003 + epoch))
+        # what is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no state
+        epoch_seed = config.seed * 100_003 + epoch
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
+        torch.manual_seed(epoch_seed * 1_009 + rank)  # dropout and drop path differ between processes
         steps = len(labels) // batch  # as in the published code, an incomplete last batch is left out
         total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for step in range(steps):
@@ -337,9 +331,7 @@ def run(config, runs=None, progress=True):
             entry["accuracy"] = evaluate(model, test_images, test_labels, config.norm, dtype)
         history.append(entry)
         if rank == 0:
-            state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history, rng=torch.get_rng_state())
-            if device.type == "cuda":
-                state["cuda_rng"] = torch.cuda.get_rng_state(device)
+            state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history)
             write_atomically(state_file, lambda p: torch.save(state, p))
             write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
         bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.3f}", refresh=False)
@@ -444,7 +436,7 @@ def parse(argv):
                 value = json.loads(text)
             except json.JSONDecodeError:
                 value = {"True": True, "False": False, "None": None}.get(text, text)
-            values[name] = value if isinstance(value, kinds) or (kinds is float and type(value) is int) else text
+            values[name] = value if isinstance(value, kinds) or (type(value) is int and isinstance(0.0, kinds)) else text
     return Config(**values)
 
 

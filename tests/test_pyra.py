@@ -1,0 +1,1465 @@
+"""pyra.py against the published code's numbers, naive loops, timm, the paper's figures, and its own promises."""
+
+import copy
+import functools
+import math
+import pathlib
+import pickle
+import zlib
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyra
+
+HERE = pathlib.Path(__file__).parent
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+TINY = dict(img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2.0, num_classes=5)  # 36 patches
+R = [10, 6, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only lose by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def tiny(seed=0, **kwargs):
+    """A small ViT in eval mode, every parameter random, biases and norms too."""
+    return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Random values that depend on a parameter's name and the seed alone, so that equal names hold equal values."""
+    for name, p in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        norm_weight = "norm" in name and name.endswith("weight")
+        p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if norm_weight else 0.2) + float(norm_weight))
+    return model
+
+
+def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
+    """A small ViT with LoRA and a reducer, in eval mode, every parameter random."""
+    model = pyra.VisionTransformer(**{**TINY, **kwargs})
+    if lora:
+        pyra.add_lora(model, rank=2)
+    if method == "tome":
+        pyra.add_tome(model, R[:len(model.blocks)])
+    elif method == "pyra":
+        pyra.add_pyra(model, R[:len(model.blocks)], s=s)
+    return randomise(model, seed).eval()
+
+
+def batch(b=3, img_size=24, seed=0):
+    return torch.randn(b, 3, img_size, img_size, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def same(a, b, rtol=1e-5):
+    """Whether a and b differ by less than rtol of b's largest entry."""
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max() <= rtol * b.double().abs().max()
+
+
+def block_outputs(model, images):
+    """Each block's Tokens and the logits."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda _, __, tokens: outputs.append(tokens)) for block in model.blocks]
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits
+
+
+def gradients(model, images):
+    model.zero_grad()
+    logits = model(images)
+    F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1]).backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def equal(a, b):
+    """Whether two dictionaries hold the same names and, bit for bit, the same tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return pyra.create_model(name, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published code
+
+
+@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
+@pytest.mark.parametrize("file", ["vit_cls", "deit_distilled"])
+def test_golden(file, method):
+    """Logits, loss, tokens, sizes, sources and gradients are those of the published code."""
+    with np.load(HERE / "golden" / f"{file}.npz") as arrays:
+        golden = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    img_size, patch_size, dim, depth, heads, rank, classes, distilled = golden["meta"].tolist()
+    model = pyra.VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads,
+                                   num_classes=classes, distilled=bool(distilled))
+    pyra.add_lora(model, rank)
+    if method == "tome":
+        pyra.add_tome(model, golden["r"].tolist())
+    elif method == "pyra":
+        pyra.add_pyra(model, golden["r"].tolist())
+    weights = {}
+    for name, value in golden.items():
+        if name.startswith("w/"):
+            name = name.removeprefix("w/").replace(".lora_", ".attn.qkv.lora_").replace(".w_", ".reducer.w_")
+            if method == "pyra" or ".reducer." not in name:
+                weights[name] = value
+    model.load_state_dict(weights, strict=True)
+    model.eval()
+
+    tokens, logits = block_outputs(model, golden["x"])
+    loss = F.cross_entropy(logits, golden["y"])
+    loss.backward()
+    assert same(logits, golden[f"{method}/logits"])
+    assert same(loss, golden[f"{method}/loss"])
+    for i in range(depth):
+        assert same(tokens[i].x, golden[f"{method}/block{i}"]), f"block {i}"
+    if method != "plain":
+        assert torch.equal(tokens[-1].size, golden[f"{method}/size"])
+        assert torch.equal(tokens[-1].source, golden[f"{method}/source"].long())
+
+    expected = {k.removeprefix(f"{method}/grad/"): v for k, v in golden.items() if k.startswith(f"{method}/grad/")}
+    found = {k.replace(".attn.qkv.lora_", ".lora_").replace(".reducer.w_", ".w_"): p.grad
+             for k, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert same(found[name], grad) if grad.any() else not found[name].any(), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matching, merging, modulation
+
+
+def naive_gate(pairs, w_r, w_d):
+    """The gate of each pair and channel, in loops, from modulate's docstring. pairs: [(source, destination)], lists of floats."""
+    def sigmoid(value):
+        return 1 / (1 + math.exp(-value))
+
+    r, s, c = len(w_r), len(w_r[0]), len(w_d[0])
+    p = []
+    for src, dst in pairs:
+        both = [a + b for a, b in zip(src, dst)]
+        mean = sum(both) / c
+        std = math.sqrt(sum((value - mean) ** 2 for value in both) / c + 1e-5)
+        p.append([(value - mean) / std for value in both])
+    delta_d = [[sum(w_r[i][j] * p[i][k] for i in range(r)) for k in range(c)] for j in range(s)]
+    delta_r = [[sum(p[i][k] * w_d[j][k] for k in range(c)) for j in range(s)] for i in range(r)]
+    if s == 1:
+        return [[2 * sigmoid(delta_d[0][k]) * (2 * sigmoid(delta_r[i][0]) - 1) for k in range(c)] for i in range(r)]
+    return [[sum(delta_r[i][j] * delta_d[j][k] for j in range(s)) for k in range(c)] for i in range(r)]
+
+
+def naive_merge(x, size, source, metric, r, specials, w_r=None, w_d=None):
+    """One image, in loops. x (n, c), size and source: lists, metric (n, d). Returns x, size and source as lists."""
+    n = len(x)
+    unit = [m / m.norm() for m in metric.double()]
+    best = {}
+    for a in range(0, n, 2):
+        if a >= specials:
+            best[a] = max((float(unit[a] @ unit[b]), b) for b in range(1, n, 2) if b >= specials)
+    sources = sorted(best, key=lambda a: -best[a][0])[:r]
+    stay = list(range(specials))
+    stay += [i for i in range(0, n, 2) if i >= specials and i not in sources] + [i for i in range(1, n, 2) if i >= specials]
+
+    weighted = [[float(value) * size[i] for value in x[i]] for i in range(n)]
+    new_x, new_size, place = [list(weighted[i]) for i in stay], [size[i] for i in stay], {i: stay.index(i) for i in stay}
+    pairs = [(weighted[a], weighted[best[a][1]]) for a in sources]
+    gates = naive_gate(pairs, w_r.tolist(), w_d.tolist()) if w_r is not None else [[0.0] * len(x[0])] * r
+    for a, gate in zip(sources, gates):
+        place[a] = place[best[a][1]]
+        new_size[place[a]] += size[a]
+        for k, value in enumerate(weighted[a]):
+            new_x[place[a]][k] += value + value * gate[k]
+    return [[value / new_size[i] for value in token] for i, token in enumerate(new_x)], new_size, [place[i] for i in source]
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3], ids=["tome", "s1", "s3"])
+@pytest.mark.parametrize("specials", [1, 2])
+@pytest.mark.parametrize("n, rs", [(4, [1]), (9, [1]), (9, [2, 2]), (10, [4]), (12, [5, 2]), (17, [7]), (18, [5, 4, 3])])
+def test_merge_is_the_naive_loop(n, rs, specials, rank):
+    """Matching, modulation, merging, sizes and sources of several blocks in a row, against per-image loops."""
+    torch.manual_seed(n)
+    b, c = 3, 6
+    tokens = pyra.Tokens(torch.randn(b, n, c), None, torch.arange(n).repeat(b, 1))
+    naive = [(tokens.x[i], [1.0] * n, list(range(n))) for i in range(b)]
+    for r in rs:
+        metric = torch.randn(b, tokens.x.shape[1], 4)
+        w_r, w_d = (None, None) if rank is None else (torch.randn(r, rank), torch.randn(rank, c))
+        modulate = None if rank is None else lambda src, dst: pyra.modulate(src, dst, w_r, w_d)
+        total = (tokens.x if tokens.size is None else tokens.x * tokens.size).sum(1)
+        tokens = pyra.merge(tokens, pyra.match(metric, r, specials), modulate)
+        naive = [naive_merge(*naive[i], metric[i], r, specials, w_r, w_d) for i in range(b)]
+        for i, (x, size, source) in enumerate(naive):
+            torch.testing.assert_close(tokens.x[i], torch.tensor(x), rtol=1e-4, atol=1e-4)
+            assert tokens.size[i, :, 0].tolist() == size
+            assert tokens.source[i].tolist() == source
+        assert (tokens.size.sum((1, 2)) == n).all()
+        if rank is None:
+            torch.testing.assert_close((tokens.x * tokens.size).sum(1), total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, specials, most", [(1, 1, 0), (2, 1, 0), (3, 1, 1), (4, 1, 1), (5, 1, 2), (1, 2, 0), (2, 2, 0),
+                                               (3, 2, 0), (4, 2, 1), (5, 2, 1), (6, 2, 2), (197, 1, 98), (198, 2, 98)])
+def test_most_merges(n, specials, most):
+    """The most pairs that can merge do merge, and no more: a pair with a special token isn't counted."""
+    assert pyra.most_merges(n, specials) == most
+    if most:
+        matching = pyra.match(torch.randn(2, n, 4), most, specials)
+        assert matching.dst.shape == (2, most)
+        assert matching.dst.min() >= specials  # nothing merges into a special token
+        sources = matching.order[:, n - most:]
+        assert sources.min() >= specials
+        assert torch.equal(matching.order.sort(dim=1).values, torch.arange(n).expand(2, -1))  # a permutation
+
+
+def test_sources_are_in_order_of_similarity():
+    """w_r has a row for each rank, so the most similar pair has to come first."""
+    torch.manual_seed(0)
+    metric = torch.randn(4, 21, 5)
+    order, dst = pyra.match(metric, 7)
+    unit = F.normalize(metric, dim=-1)
+    kept = order[:, :14]
+    similarity = (pyra.take(unit, order[:, 14:]) * pyra.take(unit, kept.gather(1, dst))).sum(-1)
+    assert (similarity[:, 1:] <= similarity[:, :-1]).all()
+    assert (similarity[:, 0] - similarity[:, -1]).min() > 0.1
+
+
+def test_matching_is_by_direction_in_float32_and_without_gradient():
+    """Keys' lengths don't count; bf16 autocast changes nothing; a pair's choice passes no gradient on."""
+    metric = torch.randn(3, 65, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    matching = pyra.match(metric, 20)
+    lengths = torch.rand(3, 65, 1) * 10 + 0.1
+    assert all(map(torch.equal, matching, pyra.match(metric * lengths, 20)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, matching, pyra.match(metric, 20)))
+    before = metric.detach().clone()
+    assert not matching.order.requires_grad and torch.equal(metric, before)
+
+
+def test_reducers_match_by_the_heads_mean_key():
+    """The metric is the mean over the heads of the keys that the block uses, LoRA included."""
+    model = adapted("tome")
+    x = torch.randn(2, 37, 24)
+    qkv = model.blocks[0].attn.project(x)
+    linear = model.blocks[0].attn.qkv
+    keys = (F.linear(x, linear.weight, linear.bias) + x @ linear.lora_a.T @ linear.lora_b.T)[..., 24:48]
+    keys = keys.unflatten(-1, (3, 8)).mean(dim=2)
+    assert all(map(torch.equal, model.blocks[0].reducer.match(qkv), pyra.match(keys, 10)))
+    without = F.linear(x, linear.weight, linear.bias)[..., 24:48].unflatten(-1, (3, 8)).mean(dim=2)
+    assert not torch.equal(model.blocks[0].reducer.match(qkv).order, pyra.match(without, 10).order)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("method", ["tome", "pyra"])
+def test_tokens_are_accounted_for(method, distilled):
+    """After every block sizes sum to the tokens, bincount(source) is size, and the special tokens stay what they were."""
+    model = adapted(method, distilled=distilled)
+    specials = 2 if distilled else 1
+    with torch.no_grad():
+        outputs, _ = block_outputs(model, batch())
+    assert [tokens.x.shape[1] for tokens in outputs] == pyra.token_counts(model)[1:] == [36 + specials - m for m in (10, 16, 19)]
+    for x, size, source in outputs:
+        assert size.shape == (*x.shape[:2], 1) and size.dtype == torch.float32 and source.dtype == torch.int64
+        assert source.shape == (3, 36 + specials)
+        for i in range(3):
+            assert torch.equal(source[i].bincount(minlength=x.shape[1]).float(), size[i, :, 0])
+        assert (size[:, :specials] == 1).all()
+        assert (source[:, :specials] == torch.arange(specials)).all()
+        assert (source[:, specials:] >= specials).all()
+
+
+def test_forward_tokens_of_a_plain_model():
+    """Without merging every token stands for itself."""
+    tokens = tiny().forward_tokens(batch())
+    assert tokens.x.shape == (3, 37, 24)
+    assert torch.equal(tokens.size, torch.ones(3, 37, 1))
+    assert torch.equal(tokens.source, torch.arange(37).repeat(3, 1))
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_modulation_is_the_formula(s):
+    """Pair by pair, channel by channel; the gates stay in their ranges."""
+    torch.manual_seed(0)
+    src, dst = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    src[1], dst[1] = src[1] / 300, dst[1] / 300  # so small that LN's epsilon shows
+    w_r, w_d = torch.randn(4, s), torch.randn(s, 6)
+    for i in range(2):
+        pairs = list(zip(src[i].tolist(), dst[i].tolist()))
+        gate = torch.tensor(naive_gate(pairs, w_r.tolist(), w_d.tolist()))
+        torch.testing.assert_close(pyra.modulate(src, dst, w_r, w_d)[i], src[i] * (1 + gate), rtol=1e-4, atol=1e-7)
+    if s == 1:  # the gates' ranges: (0, 2) times (-1, 1)
+        huge = pyra.modulate(src, dst, 1e4 * w_r, 1e4 * w_d) / src
+        assert huge.min() >= -1 - 1e-5 and huge.max() <= 3 + 1e-5
+        assert (huge - 3).abs().min() < 1e-5 and (huge + 1).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("s", [1, 3])
+@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True), dict(global_pool="avg")], ids=["token", "distilled", "avg"])
+def test_pyra_starts_as_tome(s, kwargs):
+    """At initialisation bit for bit; once w_d differs from 0 no longer."""
+    model = randomise(pyra.VisionTransformer(**{**TINY, **kwargs})).eval()
+    expected = pyra.add_tome(copy.deepcopy(model), R)(batch())
+    pyra.add_pyra(model, R, s=s)
+    assert torch.equal(model(batch()), expected)
+    torch.nn.init.normal_(model.blocks[0].reducer.w_d)
+    assert not same(model(batch()), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_gradients_at_step_0(s):
+    """Of the generators only w_d learns at first, of LoRA only B; the backbone never. The last block's can't reach the class token."""
+    model = tiny()
+    pyra.add_pyra(pyra.add_lora(model, rank=2, dropout=0), R, s=s)
+    _, grads = gradients(model, batch())
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    learning = {name for name, grad in grads.items() if grad.any()}
+    lora_b = {f"blocks.{i}.attn.qkv.lora_b" for i in range(3)}
+    assert learning == lora_b | {"blocks.0.reducer.w_d", "blocks.1.reducer.w_d", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("s", [1, 2, 8])
+def test_generators_start_in_range(s):
+    """w_r is uniform in (-1, 1) / sqrt(s), w_d zero."""
+    torch.manual_seed(0)
+    reducer = pyra.PYRA(4000, 24, s)
+    bound = 1 / math.sqrt(s)
+    assert reducer.w_r.shape == (4000, s) and reducer.w_d.shape == (s, 24)
+    assert 0.98 * bound < reducer.w_r.max() <= bound and -bound <= reducer.w_r.min() < -0.98 * bound
+    assert abs(reducer.w_r.mean()) < 0.05 * bound
+    assert not reducer.w_d.any()
+
+
+@pytest.mark.parametrize("name, r, s, numbers", [
+    ("vit_base_patch16_224", pyra.merge_schedule("high"), 1, 9408),
+    ("vit_base_patch16_224", pyra.merge_schedule("low"), 1, 9402),
+    ("vit_base_patch16_224", pyra.merge_schedule("high"), 4, 4 * 9408),
+    ("vit_large_patch16_224", pyra.merge_schedule("high", depth=24), 1, 24768),
+    ("vit_large_patch16_224", pyra.merge_schedule("low", depth=24), 1, 24766),
+    ("deit_base_distilled_patch16_224", pyra.merge_schedule("high"), 1, 9408),
+    ("deit_base_distilled_patch16_224", [16] * 6 + [10] * 6, 1, 9372),
+])
+def test_modulation_parameters(name, r, s, numbers):
+    """The paper's 9.4 K (ViT-B) and 25 K (ViT-L): the generators and nothing else."""
+    model = pyra.add_pyra(on_meta(name), r, s=s)
+    assert count(p for block in model.blocks for p in block.reducer.parameters()) == numbers
+
+
+def test_lora_parameters():
+    """ViT-B, rank 8: 294,912 in 24 tensors, with a 100-class head the only trained ones."""
+    model = pyra.add_lora(on_meta("vit_base_patch16_224", num_classes=100), rank=8)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert count(p for name, p in trained.items() if "lora_" in name) == 294_912
+    assert len(trained) == 26 and count(trained.values()) == 294_912 + 76_900
+    assert model.blocks[0].attn.qkv.lora_a.shape == (8, 768) and model.blocks[0].attn.qkv.lora_b.shape == (2304, 8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention, pooling, the clamp
+
+
+def repeated_patches(groups):
+    """Images whose 36 patches (in reading order) have the content `groups` numbers."""
+    patches = torch.randn(2, max(groups) + 1, 3, 4, 4, generator=torch.Generator().manual_seed(7))[:, groups]
+    return patches.reshape(2, 6, 6, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("groups, r", [
+    ([i // 2 for i in range(36)], [18, 0, 0]),  # tokens 1 and 2, 3 and 4, ... are equal: 18 pairs
+    ([i // 2 for i in range(36)], [0, 18, 0]),
+    ([i // 2 for i in range(36)], [0, 7, 0]),
+    ([0] * 36, [18, 9, 4]),
+])
+def test_identical_tokens_merge_without_a_trace(groups, r):
+    """With proportional attention, a token that stands for k equal ones is k tokens; without, the others notice."""
+    model, images = tiny(), repeated_patches(groups)
+    torch.nn.init.zeros_(model.pos_embed)
+    plain, logits = model.forward_tokens(images), model(images)
+    pyra.add_tome(model, r)
+    merged = model.forward_tokens(images)
+    assert merged.x.shape[1] == 37 - sum(r)
+    assert same(pyra.take(merged.x, merged.source), plain.x)
+    assert same(model(images), logits)
+    pyra.add_tome(model, r, prop_attn=False)
+    assert not same(model(images), logits, rtol=1e-3)
+
+
+@pytest.mark.parametrize("add", [pyra.add_tome, pyra.add_pyra])
+def test_prop_attn(add):
+    """It changes the logits of merged tokens, and nothing before the first merge."""
+    model = tiny()
+    for r, alike in ((R, False), ([0, 0, 10], True)):
+        assert same(add(model, r, prop_attn=True)(batch()), add(model, r, prop_attn=False)(batch()), rtol=1e-4) == alike
+
+
+@pytest.mark.parametrize("add", [pyra.add_tome, pyra.add_pyra])
+def test_no_merging_is_the_plain_model(add):
+    """r = 0 leaves no reducer and the logits bit for bit; a later schedule replaces an earlier one."""
+    model = tiny()
+    expected = model(batch())
+    add(model, R)
+    assert not torch.equal(model(batch()), expected)
+    assert add(model, 0) is model
+    assert all(block.reducer is None for block in model.blocks)
+    assert torch.equal(model(batch()), expected)
+
+
+def test_dead_tokens_get_no_attention():
+    """A token of size 0 changes no other token; a token's own output stays finite."""
+    torch.manual_seed(0)
+    attention = tiny().blocks[0].attn
+    x, size = torch.randn(2, 7, 24), torch.ones(2, 7, 1)
+    size[0, 3] = size[1, 5] = 0
+    other = torch.where(size == 0, torch.randn(2, 7, 24), x)
+    alive = (size > 0).squeeze(-1)
+    a, b = (attention(attention.project(value), size) for value in (x, other))
+    assert a.isfinite().all() and torch.equal(a[alive], b[alive])
+    without = attention(attention.project(x[:1, [0, 1, 2, 4, 5, 6]]))
+    assert same(a[:1, [0, 1, 2, 4, 5, 6]], without)
+    assert not same(a[alive], attention(attention.project(x))[alive], rtol=1e-3)
+
+
+def test_attention_counts_a_token_as_often_as_its_size():
+    """Size k is the same as k copies of the key."""
+    torch.manual_seed(0)
+    attention, x = tiny().blocks[0].attn, torch.randn(1, 5, 24)
+    size = torch.tensor([1.0, 3, 1, 2, 1]).view(1, 5, 1)
+    copies = attention(attention.project(x[:, [0, 1, 1, 1, 2, 3, 3, 4]]))
+    assert same(attention(attention.project(x), size), copies[:, [0, 1, 4, 5, 7]])
+
+
+@pytest.mark.parametrize("method", ["tome", "pyra", "plain"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_avg_pool_is_weighted_by_size(method, distilled):
+    """MAE's pooling: the mean over the patches that tokens stand for, special tokens left out, then fc_norm."""
+    model = adapted(method, global_pool="avg", distilled=distilled)
+    tokens = model.forward_tokens(batch())
+    specials = 2 if distilled else 1
+    for i in range(3):
+        of_patch = [tokens.x[i, j] for j in tokens.source[i, specials:]]
+        mean = torch.stack(of_patch).mean(0)
+        expected = F.linear(F.layer_norm(mean, (24,), model.fc_norm.weight, model.fc_norm.bias, 1e-6), model.head.weight, model.head.bias)
+        assert same(model(batch())[i], expected)
+    assert not hasattr(model, "norm")
+
+
+@pytest.mark.parametrize("img_size, r, ladder", [(24, 1000, [37, 19, 10, 6]), (24, [12, 12, 12], [37, 25, 13, 7]), (8, 5, [5, 3, 2, 2]),
+                                                 (4, 3, [2, 2, 2, 2])])
+def test_tome_clamps(img_size, r, ladder):
+    """ToMe merges at most half of the tokens that are left; with none to merge it is the plain model."""
+    model = tiny(img_size=img_size)
+    plain = model(batch(img_size=img_size))
+    pyra.add_tome(model, r)
+    outputs, logits = block_outputs(model, batch(img_size=img_size))
+    assert pyra.token_counts(model) == ladder
+    assert [tokens.x.shape[1] for tokens in outputs] == ladder[1:]
+    assert torch.equal(logits, plain) == (ladder[0] == ladder[-1])
+
+
+@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
+def test_forward_is_repeatable_and_per_image(method):
+    """Two forwards agree bit for bit (no list is used up), and an image's logits don't depend on its neighbours."""
+    model = adapted(method)
+    logits = model(batch())
+    assert torch.equal(model(batch()), logits)
+    assert same(torch.cat([model(image[None]) for image in batch()]), logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules and cost
+
+
+def test_paper_schedules():
+    """Table 5 and the constant lists; a caller can't spoil them."""
+    assert pyra.merge_schedule("high") == [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+    assert pyra.merge_schedule("low") == [16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 10]
+    table = [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1]  # as printed: 23 entries
+    large = pyra.merge_schedule("high", depth=24)
+    assert len(large) == 24 and sum(large) == 192
+    assert sorted(large) == sorted([*table, 4]) and large == sorted(large, reverse=True)
+    assert pyra.merge_schedule("low", depth=24) == [8] * 23 + [6]
+    pyra.merge_schedule("high").append(1)
+    assert len(pyra.merge_schedule("high")) == 12
+
+
+@pytest.mark.parametrize("name, rate, ladder", [
+    ("vit_base_patch16_224", "high", [197, 157, 123, 93, 69, 51, 37, 27, 19, 15, 11, 8, 5]),
+    ("vit_base_patch16_224", "low", [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
+    ("vit_nano_patch4_56", "high", [197, 157, 123, 93, 69, 51, 37, 27, 19, 15, 11, 8, 5]),
+    ("deit_base_distilled_patch16_224", "high", [198, 158, 124, 94, 70, 52, 38, 28, 20, 16, 12, 9, 6]),
+    ("vit_large_patch16_224", "low", [*range(197, 12, -8), 7]),
+    ("vit_large_patch16_224", "high", [197, 177, 158, 140, 123, 108, 95, 82, 70, 60, 51, 43, 37, 31, 27, 23, 19, 16, 13, 11, 9, 8, 7, 6, 5]),
+])
+@pytest.mark.parametrize("add", [pyra.add_tome, pyra.add_pyra])
+def test_token_ladders(add, name, rate, ladder):
+    """The paper's schedules fit its backbones: no entry is clamped or refused."""
+    model = on_meta(name)
+    assert pyra.token_counts(model) == [ladder[0]] * (len(model.blocks) + 1)
+    assert pyra.token_counts(add(model, pyra.merge_schedule(rate, len(model.blocks)))) == ladder
+
+
+@pytest.mark.parametrize("depth, tokens, remaining", [(12, 196, 4), (24, 196, 4), (12, 196, 0), (7, 50, 3), (1, 16, 2)])
+@pytest.mark.parametrize("ratio", [1.5, 2, 3, 3.4, 4.7])
+def test_solve_schedule_is_equation_1(depth, tokens, remaining, ratio):
+    """Against Eq. (1) in 60-digit arithmetic."""
+    with localcontext() as context:
+        context.prec = 60
+
+        def g(x):
+            return (1 - Decimal(x) / depth) ** (Decimal(str(ratio)) - 1)
+
+        exact = [int((g(l - 1) - g(l)) * (tokens - remaining) + Decimal("1e-40")) for l in range(1, depth + 1)]
+    schedule = pyra.solve_schedule(depth, tokens, remaining, ratio)
+    assert schedule == exact
+    assert tokens - remaining - depth < sum(schedule) <= tokens - remaining  # each floor loses less than one
+    if remaining == 4:
+        assert pyra.merge_schedule(ratio, depth, tokens) == exact
+
+
+def test_solve_schedule_constant_at_ratio_2():
+    """(1/12) * 192 must floor to 16, though it is 15.999... in floating point."""
+    assert pyra.solve_schedule(12, tokens=196, remaining=4, flops_ratio=2) == [16] * 12
+    assert pyra.solve_schedule(24, tokens=196, remaining=4, flops_ratio=2) == [8] * 24
+    assert pyra.solve_schedule(12) == pyra.solve_schedule(12, 196, 4, 3.4) == pyra.merge_schedule(3.4)
+    assert pyra.merge_schedule(2.0) == [16] * 12
+
+
+@pytest.mark.parametrize("name, classes, r, giga", [
+    ("vit_tiny_patch16_224", 1000, 0, "1.254"),
+    ("vit_small_patch16_224", 1000, 0, "4.599"),
+    ("deit_small_patch16_224", 1000, 0, "4.599"),
+    ("vit_base_patch16_224", 1000, 0, "17.564"),
+    ("deit_base_patch16_224", 1000, 0, "17.564"),
+    ("deit_base_distilled_patch16_224", 1000, 0, "17.656"),
+    ("vit_large_patch16_224", 1000, 0, "61.555"),
+    ("vit_base_patch16_224", 1000, 8, "13.104"),
+    ("vit_base_patch16_224", 1000, 13, "10.367"),
+    ("vit_base_patch16_224", 1000, 16, "8.772"),
+    ("vit_base_patch16_224", 100, 0, "17.563"),
+    ("vit_base_patch16_224", 100, "low", "8.771"),
+    ("vit_base_patch16_224", 100, "high", "5.071"),
+    ("vit_large_patch16_224", 100, 0, "61.554"),
+    ("vit_large_patch16_224", 100, "low", "30.962"),
+    ("vit_large_patch16_224", 100, "high", "17.915"),
+    ("deit_base_distilled_patch16_224", 100, [16] * 6 + [10] * 6, "9.654"),
+    ("deit_base_distilled_patch16_224", 100, "high", "5.159"),
+])
+def test_macs_of_the_paper(name, classes, r, giga):
+    """To the printed digit."""
+    model = on_meta(name, num_classes=classes)
+    pyra.add_tome(model, pyra.merge_schedule(r, len(model.blocks)) if isinstance(r, str) else r)
+    assert isinstance(pyra.count_macs(model), int)
+    assert f"{pyra.count_macs(model) / 1e9:.3f}" == giga
+
+
+@pytest.mark.parametrize("name, million", [("vit_tiny_patch16_224", "5.72"), ("vit_small_patch16_224", "22.05"), ("vit_base_patch16_224", "86.57"),
+                                           ("deit_base_distilled_patch16_224", "87.34"), ("vit_large_patch16_224", "304.33")])
+def test_parameters_of_the_backbones(name, million):
+    """With 1000 classes, as in the literature; a tag after the name is ignored."""
+    assert f"{count(on_meta(f'{name}.some_tag').parameters()) / 1e6:.2f}" == million
+
+
+def flops(model, images):
+    """PyTorch's count of multiply-accumulates, with attention written as two matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(images)
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True), dict(global_pool="avg"), dict(mlp_ratio=3.0, img_size=16), dict(num_classes=0)])
+@pytest.mark.parametrize("method, s", [("plain", 1), ("tome", 1), ("pyra", 1), ("pyra", 3)])
+def test_count_macs_is_what_pytorch_counts(kwargs, method, s):
+    """On top of the formula come only matching (a metric product) and modulation (two or three small products)."""
+    r = [5, 3, 2]
+    model = tiny(**kwargs)
+    if method == "tome":
+        pyra.add_tome(model, r)
+    elif method == "pyra":
+        pyra.add_pyra(model, r, s=s)
+    extra = 0
+    if method != "plain":
+        for n, entry in zip(pyra.token_counts(model), r):
+            extra += (n - n // 2) * (n // 2) * 8
+            if method == "pyra":
+                extra += (2 if s == 1 else 3) * entry * s * 24
+    assert flops(model, batch(1, img_size=model.img_size)) == pyra.count_macs(model) + extra
+
+
+def test_count_macs_of_an_adapted_model():
+    """LoRA counts as folded in: before merge_lora and after, the same."""
+    model = adapted("pyra")
+    macs = pyra.count_macs(model)
+    assert macs == pyra.count_macs(adapted("tome", lora=False))
+    assert flops(model, batch(1)) > flops(pyra.merge_lora(model), batch(1))
+    assert pyra.count_macs(model) == macs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# timm
+
+
+@pytest.mark.parametrize("kwargs", [
+    dict(),
+    dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2, mlp_ratio=4.0),
+    dict(img_size=14, patch_size=2, num_classes=1),
+    dict(global_pool="avg"),
+    dict(num_classes=0),
+    dict(distilled=True),
+    dict(distilled=True, img_size=32, patch_size=16),
+], ids=str)
+def test_timm_agrees(kwargs):
+    """The same names, shapes and logits as timm's model, on random weights."""
+    vit = pytest.importorskip("timm.models.vision_transformer", reason="timm, the oracle, isn't installed")
+    deit = pytest.importorskip("timm.models.deit")
+    kwargs = {**TINY, **kwargs}
+    distilled = kwargs.get("distilled", False)
+    model = randomise(pyra.VisionTransformer(**kwargs)).eval()
+    kwargs.pop("distilled", None)
+    oracle = (deit.VisionTransformerDistilled if distilled else vit.VisionTransformer)(**kwargs).eval()
+    oracle.load_state_dict(model.state_dict(), strict=True)
+    images = batch(img_size=kwargs["img_size"])
+    with torch.no_grad():
+        expected = oracle(images)
+        assert expected.abs().max() > 0.1
+        if distilled:
+            head, head_dist = model.forward_heads(images)
+            assert same((head + head_dist) / 2, expected)
+            assert torch.equal(model(images), head) and not same(head_dist, head, rtol=1e-2)
+        else:
+            assert same(model(images), expected)
+        assert same(model.forward_tokens(images).x, oracle.blocks(oracle._pos_embed(oracle.patch_embed(images))))
+
+
+@pytest.mark.parametrize("name", [name for name in pyra.SIZES if name != "vit_nano_patch4_56"])
+def test_timm_sizes(name):
+    """Each name means what it means in timm."""
+    timm = pytest.importorskip("timm", reason="timm, the oracle, isn't installed")
+    with torch.device("meta"):
+        oracle = timm.create_model(name)
+    model = on_meta(name)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
+    assert [block.attn.num_heads for block in model.blocks] == [block.attn.num_heads for block in oracle.blocks]
+    assert model.norm.eps == oracle.norm.eps and model.blocks[0].norm1.eps == oracle.blocks[0].norm1.eps
+    assert pyra.create_model.__doc__ and model.img_size == oracle.patch_embed.img_size[0]
+
+
+def test_shipped_size():
+    """The small backbone has the paper's geometry."""
+    model = on_meta("vit_nano_patch4_56")
+    assert (len(model.blocks), model.num_patches) == (12, 196)
+    assert count(model.parameters()) * 4 < 6e6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pre-trained weights
+
+
+def rename(weights, prefix):
+    return {prefix + k: v for k, v in weights.items()}
+
+
+def to_google(weights, heads, prefix="", pre_logits=False):
+    """timm's names and layouts -> those of Google's .npz files (methods.md 18.1 backwards)."""
+    w = {k: v.numpy() for k, v in weights.items()}
+    c = w["cls_token"].shape[-1]
+    arrays = {
+        "cls": w["cls_token"],
+        "embedding/kernel": w["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": w["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": w["pos_embed"],
+        "Transformer/encoder_norm/scale": w["norm.weight"],
+        "Transformer/encoder_norm/bias": w["norm.bias"],
+        "head/kernel": w["head.weight"].T,
+        "head/bias": w["head.bias"],
+    }
+    for i in range(len({k.split(".")[1] for k in w if k.startswith("blocks.")})):
+        old, new = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        attention = new + "MultiHeadDotProductAttention_1/"
+        for norm, place in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            arrays[f"{new}{place}/scale"], arrays[f"{new}{place}/bias"] = w[f"{old}{norm}.weight"], w[f"{old}{norm}.bias"]
+        for fc, place in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            arrays[f"{new}MlpBlock_3/{place}/kernel"] = w[f"{old}mlp.{fc}.weight"].T
+            arrays[f"{new}MlpBlock_3/{place}/bias"] = w[f"{old}mlp.{fc}.bias"]
+        for j, part in enumerate(("query", "key", "value")):
+            rows = slice(j * c, (j + 1) * c)
+            arrays[f"{attention}{part}/kernel"] = w[f"{old}attn.qkv.weight"][rows].T.reshape(c, heads, c // heads)
+            arrays[f"{attention}{part}/bias"] = w[f"{old}attn.qkv.bias"][rows].reshape(heads, c // heads)
+        arrays[f"{attention}out/kernel"] = w[f"{old}attn.proj.weight"].T.reshape(heads, c // heads, c)
+        arrays[f"{attention}out/bias"] = w[f"{old}attn.proj.bias"]
+    if pre_logits:
+        arrays["pre_logits/kernel"], arrays["pre_logits/bias"] = np.ones((c, c), np.float32), np.ones(c, np.float32)
+    return {prefix + k: np.ascontiguousarray(v) for k, v in arrays.items()}
+
+
+@pytest.mark.parametrize("layout", ["flat.safetensors", "flat.pth", "flat.pt", "flat.bin", "model.pth", "state_dict.pth", "module.pth",
+                                    "model-module.pth", "google.npz", "google-pre_logits.npz", "google-opt.npz"])
+def test_load_pretrained_layouts(tmp_path, layout):
+    """Each layout in which weights are published gives the same model, bit for bit."""
+    weights, path = tiny(seed=1).state_dict(), tmp_path / f"weights{pathlib.Path(layout).suffix}"
+    if layout.endswith(".safetensors"):
+        save_file(weights, path)
+    elif layout.endswith(".npz"):
+        arrays = to_google(weights, heads=3, prefix="opt/target/" if "opt" in layout else "", pre_logits="pre_logits" in layout)
+        assert len(arrays) == 8 + 16 * 3 + 2 * ("pre_logits" in layout)  # 200 for the 12 blocks of ViT-B
+        np.savez(path, **arrays)
+    else:
+        kind = layout.removesuffix(".pth")
+        content = rename(weights, "module.") if "module" in kind else weights
+        wrapper = "model" if "model" in kind else "state_dict"
+        torch.save({wrapper: content, "epoch": 3} if kind in ("model", "state_dict", "model-module") else content, path)
+    model = tiny()
+    assert not equal(model.state_dict(), weights)
+    assert pyra.load_pretrained(model, path if layout.startswith("flat") else str(path)) is model
+    assert equal(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "npz"])
+def test_load_pretrained_other_class_count(tmp_path, suffix):
+    """A head for other classes is left as it is; everything else is loaded."""
+    weights, path = tiny(seed=1, num_classes=9).state_dict(), tmp_path / f"weights.{suffix}"
+    torch.save(weights, path) if suffix == "pth" else np.savez(path, **to_google(weights, heads=3, pre_logits=True))
+    model = tiny()
+    head = model.head.weight.clone(), model.head.bias.clone()
+    pyra.load_pretrained(model, path)
+    assert torch.equal(model.head.weight, head[0]) and torch.equal(model.head.bias, head[1])
+    for name, value in model.state_dict().items():
+        assert name.startswith("head.") or torch.equal(value, weights[name])
+    headless = pyra.load_pretrained(tiny(num_classes=0), path)
+    assert torch.equal(headless.norm.weight, weights["norm.weight"])
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_load_pretrained_mae(tmp_path, pool):
+    """MAE's encoder has no head, and a final norm that average pooling replaces by a new fc_norm."""
+    weights = tiny(seed=1, num_classes=0).state_dict()
+    assert "norm.weight" in weights and not any(k.startswith("head") for k in weights)
+    torch.save({"model": weights}, tmp_path / "mae.pth")
+    model = tiny(global_pool=pool)
+    before = snapshot(model)
+    pyra.load_pretrained(model, tmp_path / "mae.pth")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith(("head.", "fc_norm.")) else weights[name]), name
+    assert ("fc_norm.weight" in before) == (pool == "avg")
+
+
+@pytest.mark.parametrize("classes", [5, 9])
+def test_load_pretrained_distilled(tmp_path, classes):
+    """DeiT's distilled models: a second special token, a second head, a position embedding of two more rows."""
+    weights = tiny(seed=1, distilled=True, num_classes=classes).state_dict()
+    assert weights["pos_embed"].shape == (1, 38, 24)
+    torch.save({"model": weights}, tmp_path / "deit.pth")
+    model = tiny(distilled=True)
+    before = snapshot(model)
+    pyra.load_pretrained(model, tmp_path / "deit.pth")
+    for name, value in model.state_dict().items():
+        fresh = classes != 5 and name.startswith("head")
+        assert torch.equal(value, before[name] if fresh else weights[name]), name
+    with pytest.raises(ValueError, match="head_dist|dist_token|position embedding"):
+        pyra.load_pretrained(tiny(), tmp_path / "deit.pth")
+    torch.save({"model": tiny().state_dict()}, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="dist_token|position embedding"):
+        pyra.load_pretrained(tiny(distilled=True), tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("grid", [4, 9])
+def test_load_pretrained_resizes_the_position_embedding(tmp_path, grid, distilled):
+    """To another image size, smaller or larger, as timm does; the special tokens' rows stay."""
+    timm_layers = pytest.importorskip("timm.layers", reason="timm, the oracle, isn't installed")
+    weights = tiny(seed=1, distilled=distilled).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    model = pyra.load_pretrained(tiny(img_size=4 * grid, distilled=distilled), tmp_path / "weights.pth")
+    specials = 2 if distilled else 1
+    expected = timm_layers.resample_abs_pos_embed(weights["pos_embed"], [grid, grid], num_prefix_tokens=specials)
+    assert model.pos_embed.shape == (1, grid**2 + specials, 24)
+    torch.testing.assert_close(model.pos_embed.detach(), expected)
+    assert torch.equal(model.pos_embed[:, :specials], weights["pos_embed"][:, :specials])
+    assert torch.equal(model.blocks[2].mlp.fc2.weight, weights["blocks.2.mlp.fc2.weight"])
+
+
+def test_load_pretrained_into_an_adapted_model(tmp_path):
+    """LoRA and the generators may be there already: the backbone is loaded under them."""
+    weights = tiny(seed=1).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = adapted("pyra")
+    before = snapshot(model)
+    pyra.load_pretrained(model, tmp_path / "weights.safetensors")
+    after = model.state_dict()
+    assert before.keys() - weights.keys() == {k for k in before if "lora_" in k or ".reducer." in k} != set()
+    assert all(torch.equal(after[k], weights.get(k, before[k])) for k in after)
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda w: [w.pop("blocks.1.norm1.weight"), w.pop("cls_token")], r"lacks cls_token, blocks\.1\.norm1\.weight"),
+    (lambda w: w.pop("norm.bias"), r"lacks norm\.bias$"),
+    (lambda w: w.update(extra=torch.ones(2), other=torch.ones(1)), r"has the unexpected extra, other$"),
+    (lambda w: w.update({"blocks.3.norm1.weight": torch.ones(24)}), r"unexpected blocks\.3\.norm1\.weight"),
+    (lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.ones(48, 12), "norm.bias": torch.ones(1)}),
+     r"wrong shape of blocks\.0\.mlp\.fc1\.weight \(48, 12\) for \(48, 24\), norm\.bias \(1,\) for \(24,\)"),
+    (lambda w: w.update({"head.bias": torch.ones(6)}), r"wrong shape of head\.bias \(6,\) for \(5,\)"),
+    (lambda w: w.update(pos_embed=torch.ones(1, 37, 12)), r"wrong shape of pos_embed \(1, 37, 12\) for \(1, 37, 24\)"),
+    (lambda w: w.update(pos_embed=torch.ones(1, 36, 24)), r"position embedding \(1, 36, 24\).* square"),
+    (lambda w: w.update(pos_embed=torch.ones(37, 24)), r"position embedding \(37, 24\)"),
+    (lambda w: w.update(pos_embed=torch.ones(24)), r"pos.*embed.* \(24,\)"),
+    (lambda w: w.update(pos_embed=torch.ones(1, 0, 24)), r"pos.*embed.* \(1, 0, 24\)"),
+    (lambda w: w.update(pos_embed=torch.ones(2, 17, 24)), r"pos.*embed.* \(2, 17, 24\)"),
+    (lambda w: w.clear(), "no dictionary of tensors"),
+    (lambda w: w.update(epoch=3), "no dictionary of tensors"),
+])
+def test_load_pretrained_lists_what_does_not_fit(tmp_path, break_it, message):
+    """In one sentence that names the file; the model stays as it is."""
+    weights = dict(tiny(seed=1).state_dict())
+    break_it(weights)
+    torch.save(weights, tmp_path / "weights.pth")
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        pyra.load_pretrained(model, tmp_path / "weights.pth")
+    assert equal(model.state_dict(), before)
+
+
+def test_load_pretrained_lists_what_a_google_file_lacks_and_has():
+    """A name of Google's that has no place, or half of an attention, doesn't vanish."""
+    arrays = {k: torch.from_numpy(v) for k, v in to_google(tiny().state_dict(), heads=3).items()}
+    del arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/bias"]
+    arrays["Transformer/extra/kernel"] = torch.ones(2)
+    renamed = pyra.from_google(arrays)
+    assert "blocks.1.attn.qkv.weight" not in renamed and "blocks.0.attn.qkv.weight" in renamed
+    left = {k for k in renamed if k.startswith("Transformer/")}
+    assert "Transformer/extra/kernel" in left and any("encoderblock_1" in k and "query/kernel" in k for k in left)
+
+
+class Touch:
+    """When unpickled, makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "npz"])
+def test_load_pretrained_executes_nothing(tmp_path, suffix):
+    """A file that would run code when it is unpickled is refused, and the code doesn't run."""
+    path, marker = tmp_path / f"weights.{suffix}", tmp_path / "marker"
+    if suffix == "npz":
+        np.savez(path, cls=np.array([Touch(marker)], dtype=object))
+    elif suffix == "bin":
+        path.write_bytes(pickle.dumps({"model": Touch(marker)}, protocol=2))
+    else:
+        torch.save({"model": Touch(marker)}, path)
+    with pytest.raises(ValueError, match="can't be read"):
+        pyra.load_pretrained(tiny(), path)
+    assert not marker.exists()
+    if suffix == "pth":  # the trap works
+        torch.load(path, weights_only=False)
+        assert marker.exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "npz"])
+@pytest.mark.parametrize("content", ["truncated", "empty", "text"])
+def test_load_pretrained_refuses_damaged_files(tmp_path, suffix, content):
+    """One sentence with the file's name, whatever the reader's own complaint."""
+    path = tmp_path / f"weights.{suffix}"
+    weights = tiny().state_dict()
+    if suffix == "safetensors":
+        save_file(weights, path)
+    elif suffix == "npz":
+        np.savez(path, **to_google(weights, heads=3))
+    else:
+        torch.save(weights, path)
+    whole = path.read_bytes()
+    path.write_bytes(dict(truncated=whole[:len(whole) // 2], empty=b"", text=b"<html>404: not found</html>\n" * 9)[content])
+    with pytest.raises(ValueError, match=f"weights.{suffix} can't be read as a .{suffix} file") as error:
+        pyra.load_pretrained(tiny(), path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, repo", [("vit_base_patch16_224.orig_in21k", "timm/vit_base_patch16_224.orig_in21k"), ("someone/model-1", "someone/model-1")])
+def test_load_pretrained_from_the_hub(tmp_path, monkeypatch, name, repo):
+    """A timm name, or any owner's, is that repository's model.safetensors."""
+    hub = pytest.importorskip("huggingface_hub")
+    weights, calls = tiny(seed=1).state_dict(), []
+    save_file(weights, tmp_path / "model.safetensors")
+
+    def download(repo_id, filename):
+        calls.append((repo_id, filename))
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert equal(pyra.load_pretrained(tiny(), name).state_dict(), weights)
+    assert calls == [(repo, "model.safetensors")]
+
+
+@pytest.mark.parametrize("error", [OSError("no network\nmore of it"), RuntimeError("404"), TimeoutError()], ids=repr)
+def test_load_pretrained_hub_failure(monkeypatch, error):
+    """One sentence, also where the client's error has several lines or none."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(*_):
+        raise error
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match="'vit_none.tag' is no file here, and the hub did not give it") as raised:
+        pyra.load_pretrained(tiny(), "vit_none.tag")
+    assert "\n" not in str(raised.value)
+
+
+def test_load_pretrained_real_weights():
+    """A published ViT-Ti loads strictly: 152 tensors, bit for bit."""
+    path = SHARED / "data" / "vit_tiny" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    if not path.exists():
+        pytest.skip(f"needs the ViT-Ti weights, which are not in the repository: {path}")
+    weights = load_file(path)
+    model = pyra.load_pretrained(pyra.create_model(path.stem), path)
+    assert len(weights) == 152 and equal(model.state_dict(), weights)
+    fresh = pyra.load_pretrained(pyra.create_model(path.stem, num_classes=10), path)
+    assert torch.equal(fresh.blocks[11].mlp.fc2.weight, weights["blocks.11.mlp.fc2.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA, freezing, parameter groups
+
+
+@pytest.mark.parametrize("method", ["plain", "pyra"])
+def test_merge_lora(method):
+    """The logits stay, LoRA's tensors go, and the model has timm's names again (and the generators)."""
+    model = adapted(method)
+    logits = model(batch())
+    backbone = tiny().state_dict().keys()
+    assert not same(pyra.VisionTransformer.forward(adapted(method, lora=False), batch()), logits, rtol=1e-2)
+    assert pyra.merge_lora(model) is model
+    assert same(model(batch()), logits)
+    assert {k for k in model.state_dict() if ".reducer." not in k} == backbone
+    assert type(model.blocks[0].attn.qkv) is torch.nn.Linear
+    assert torch.equal(pyra.merge_lora(model)(batch()), model(batch()))  # a second time changes nothing
+
+
+def test_lora_is_the_formula():
+    """y = W x + b + B A x with one A for q, k and v; at first B = 0, and the model is the pre-trained one, bit for bit."""
+    model = tiny()
+    logits, linear = model(batch()), copy.deepcopy(model.blocks[0].attn.qkv)
+    pyra.add_lora(model, rank=2).eval()
+    assert torch.equal(model(batch()), logits)
+    lora = model.blocks[0].attn.qkv
+    assert lora.lora_a.shape == (2, 24) and lora.lora_b.shape == (72, 2)
+    assert lora.lora_a.any() and not lora.lora_b.any()
+    torch.nn.init.normal_(lora.lora_b)
+    x = torch.randn(4, 24)
+    assert same(lora(x), x @ (linear.weight + lora.lora_b @ lora.lora_a).T + linear.bias)
+
+
+def test_lora_published_init():
+    """The published code's: A and B truncated normal with deviation 0.02, so that training starts beside the pre-trained model."""
+    torch.manual_seed(0)
+    model = tiny(embed_dim=192)
+    logits = model(batch())
+    pyra.add_lora(model, rank=16, init="published").eval()
+    for block in model.blocks:
+        for p in (block.attn.qkv.lora_a, block.attn.qkv.lora_b):
+            assert 0.018 < p.std() < 0.022 and abs(p.mean()) < 0.002
+    assert not torch.equal(model(batch()), logits)
+
+
+def test_lora_dropout_only_in_training():
+    """In training two forwards differ, in evaluation they agree; without dropout they always do."""
+    model = adapted("plain").train()
+    assert not same(model(batch()), model(batch()), rtol=1e-4)
+    model.eval()
+    assert torch.equal(model(batch()), model(batch()))
+    model = randomise(pyra.add_lora(tiny(), rank=2, dropout=0.0)).train()
+    assert torch.equal(model(batch()), model(batch()))
+
+
+def test_lora_added_in_evaluation_mode():
+    """Surgery on a model in eval() leaves it in eval(): no dropout in what a user then serves."""
+    model = randomise(pyra.add_pyra(pyra.add_lora(tiny().eval(), rank=2, dropout=0.5), R))
+    assert torch.equal(model(batch()), model(batch()))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1 - 1e-9])
+def test_lora_dropout_acts_on_lora_alone(rate):
+    """It drops elements of LoRA's input at the rate, independently, and scales the rest; the frozen map reads all of it."""
+    torch.manual_seed(0)
+    lora = pyra.LoRALinear(torch.nn.Linear(7, 21), rank=7, dropout=rate).train()
+    with torch.no_grad():  # the first 7 outputs are dropout(x), the others the frozen map
+        lora.lora_a.copy_(torch.eye(7))
+        lora.lora_b[:7] = torch.eye(7)
+        lora.weight[:7] = lora.bias[:7] = 0
+    x = torch.rand(5001, 7) + 1
+    out = lora(x).detach()
+    assert same(out[:, 7:], F.linear(x, lora.weight[7:], lora.bias[7:]))
+    kept = out[:, :7] != 0
+    assert (kept.float().mean(dim=0) - (1 - rate)).abs().max() < 0.03
+    if rate < 0.99:
+        assert (kept.T.float().corrcoef() - torch.eye(7)).abs().max() < 0.06
+        assert (kept[1:].flatten() != kept[:-1].flatten()).float().mean() == pytest.approx(2 * rate * (1 - rate), abs=0.02)
+        torch.testing.assert_close(out[:, :7][kept], x[kept] / (1 - rate))
+
+
+@pytest.mark.parametrize("order", ["lora, pyra", "pyra, lora"])
+@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True)], ids=["token", "distilled"])
+def test_freezing(order, kwargs):
+    """Whatever the order, LoRA, the generators and the class head are trained, and nothing else."""
+    model = tiny(**kwargs)
+    for step in order.split(", "):
+        pyra.add_lora(model, rank=2) if step == "lora" else pyra.add_pyra(model, R)
+    expected = {"head.weight", "head.bias"}
+    for i in range(3):
+        expected |= {f"blocks.{i}.attn.qkv.lora_a", f"blocks.{i}.attn.qkv.lora_b", f"blocks.{i}.reducer.w_r", f"blocks.{i}.reducer.w_d"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_full_fine_tuning():
+    """Without LoRA nothing is frozen: MAE's recipe trains it all, and all of it learns."""
+    model = pyra.add_pyra(tiny(global_pool="avg"), R)
+    assert all(p.requires_grad for p in model.parameters())
+    _, grads = gradients(model, batch())
+    zero = {name for name, grad in grads.items() if not grad.any()}
+    assert zero == {f"blocks.{i}.reducer.w_r" for i in range(3)}  # w_d = 0 still
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("method", ["pyra", "tome"])
+def test_param_groups(lora, method):
+    """Every trained parameter is in exactly one group; the generators have their rate; biases and norms don't decay."""
+    model = adapted(method, lora=lora)
+    groups = {group["name"]: group for group in pyra.param_groups(model, lr=1e-2, modulation_lr=1e-4, weight_decay=0.3)}
+    of = {id(p): name for name, p in model.named_parameters()}
+    names = {name: [of[id(p)] for p in group["params"]] for name, group in groups.items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(sum(names.values(), [])) == sorted(trained)
+    assert set(groups) == {"decay", "no_decay"} | ({"modulation"} if method == "pyra" else set())
+    if method == "pyra":
+        assert sorted(names["modulation"]) == sorted(name for name in trained if ".reducer.w_" in name)
+        assert groups["modulation"]["lr"] == 1e-4 and groups["modulation"]["weight_decay"] == 0.3
+    for name in ("decay", "no_decay"):
+        assert groups[name]["lr"] == 1e-2
+    assert groups["no_decay"]["weight_decay"] == 0 and groups["decay"]["weight_decay"] == 0.3
+    plain = {name for name in trained if name.endswith("bias") or "norm" in name or name in ("pos_embed", "cls_token", "dist_token")}
+    assert set(names["no_decay"]) == plain
+    assert {group["name"]: group["lr"] for group in pyra.param_groups(model, lr=0.5)} == dict.fromkeys(groups, 0.5)
+    torch.optim.AdamW(list(groups.values()))
+
+
+def test_modulation_rate_takes_effect():
+    """One step of plain descent moves the generators by their own rate."""
+    model = adapted("pyra")
+    before = snapshot(model)
+    _, grads = gradients(model, batch())
+    torch.optim.SGD(pyra.param_groups(model, lr=0.5, modulation_lr=0.125, weight_decay=0)).step()
+    for name in ("blocks.0.reducer.w_r", "blocks.0.reducer.w_d", "blocks.0.attn.qkv.lora_a", "head.bias"):
+        rate = 0.125 if ".reducer." in name else 0.5
+        torch.testing.assert_close(model.state_dict()[name], before[name] - rate * grads[name])
+        assert grads[name].any()
+    assert torch.equal(model.norm.weight, before["norm.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+def trained_pair(seed=3, **kwargs):
+    """A trained model and a fresh one, of the same backbone."""
+    trained, fresh = adapted(**kwargs), adapted(**kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return trained, fresh
+
+
+@pytest.mark.parametrize("kwargs", [dict(method="pyra"), dict(method="pyra", s=3), dict(method="tome"), dict(method="plain"),
+                                    dict(method="pyra", distilled=True), dict(method="pyra", lora=False)], ids=str)
+def test_adapter_round_trip(tmp_path, kwargs):
+    """What was trained, only that, and enough for a fresh model to give the same logits."""
+    trained, fresh = trained_pair(**kwargs)
+    path = tmp_path / "adapter.safetensors"
+    pyra.save_adapter(trained, path)
+    saved = load_file(path)
+    assert saved.keys() == {name for name, p in trained.named_parameters() if p.requires_grad}
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
+    assert not same(fresh(batch()), trained(batch()), rtol=1e-2)
+    assert pyra.load_adapter(fresh, str(path)) is fresh
+    assert torch.equal(fresh(batch()), trained(batch()))
+    assert all(p.requires_grad == (name in saved) for name, p in fresh.named_parameters())  # training can go on
+    torch.testing.assert_close(pyra.merge_lora(fresh)(batch()), trained(batch()), rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_is_small(tmp_path):
+    """Four bytes a trained number and a few kB of names."""
+    model = pyra.add_lora(pyra.create_model("vit_nano_patch4_56", num_classes=10), rank=4)
+    pyra.add_pyra(model, pyra.merge_schedule("high"))
+    pyra.save_adapter(model, tmp_path / "adapter.safetensors")
+    numbers = count(p for p in model.parameters() if p.requires_grad)
+    assert numbers == 12 * 4 * 4 * 96 + 192 + 12 * 96 + 970
+    assert 4 * numbers < (tmp_path / "adapter.safetensors").stat().st_size < 4 * numbers + 10_000
+
+
+def test_adapter_of_a_bf16_backbone(tmp_path):
+    """The backbone may be held in float32 on one side and in bf16 on the other, both ways; the adapter is float32 still."""
+    trained, fresh = trained_pair()
+    for p in fresh.parameters():
+        if not p.requires_grad:
+            p.data = p.data.bfloat16()
+    pyra.save_adapter(trained, tmp_path / "a")
+    pyra.load_adapter(fresh, tmp_path / "a")
+    assert all(torch.equal(p, fresh.get_parameter(name)) for name, p in trained.named_parameters() if p.requires_grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fresh(batch()).isfinite().all()
+    pyra.save_adapter(fresh, tmp_path / "b")
+    pyra.load_adapter(trained, tmp_path / "b")
+    assert equal(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("other, message", [
+    (lambda: adapted(seed=9), "another backbone"),
+    (lambda: nudged(), "another backbone"),
+    (lambda: adapted(num_classes=6), "its num_classes is 5, the model's 6"),
+    (lambda: adapted(s=2), "its s is 1, the model's 2"),
+    (lambda: adapted("tome"), r'its reducers is \["PYRA"\], the model\'s \["ToMe"\]'),
+    (lambda: adapted("plain"), r"its reducers is"),
+    (lambda: adapted(lora=False), "its lora_rank is 2, the model's 0"),
+    (lambda: randomise(pyra.add_pyra(pyra.add_lora(tiny(), rank=3), R)), "its lora_rank is 2, the model's 3"),
+    (lambda: randomise(pyra.add_pyra(pyra.add_lora(tiny(), rank=2), [10, 6, 2])), r"its r is \[10, 6, 3\], the model's \[10, 6, 2\]"),
+    (lambda: adapted(depth=2), "its depth is 3, the model's 2"),
+    (lambda: adapted(num_heads=4), "its num_heads is 3, the model's 4"),
+    (lambda: adapted(img_size=32), "its img_size is 24, the model's 32"),
+    (lambda: adapted(distilled=True), "its distilled is false, the model's true"),
+    (lambda: adapted(global_pool="avg"), 'its global_pool is "token", the model\'s "avg"'),
+    (lambda: headless(), r"only one of the two has head\.bias, head\.weight$"),
+    (lambda: unfrozen(), "another backbone|only one of the two has"),
+    (lambda: no_prop_attn(), "prop_attn"),
+    (lambda: pyra.merge_lora(adapted()), "its lora_rank is 2, the model's 0"),
+])
+def test_adapter_refused(tmp_path, other, message):
+    """Where it doesn't fit, with what differs; the model is left as it was."""
+    trained = adapted()
+    pyra.save_adapter(trained, tmp_path / "adapter.safetensors")
+    model = other()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        pyra.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert equal(model.state_dict(), before)
+
+
+def nudged():
+    """One frozen weight of the last block differs."""
+    model = adapted()
+    model.blocks[2].mlp.fc2.weight.data[3, 3] += 0.5
+    return model
+
+
+def headless():
+    """The head isn't trained here."""
+    model = adapted()
+    model.head.requires_grad_(False)
+    return model
+
+
+def unfrozen():
+    """Here a norm is trained too."""
+    model = adapted()
+    model.blocks[0].norm1.requires_grad_(True)
+    return model
+
+
+def no_prop_attn():
+    """The same tensors, other logits."""
+    model = tiny()
+    return randomise(pyra.add_pyra(pyra.add_lora(model, rank=2), R, prop_attn=False))
+
+
+def test_adapter_refused_without_frozen_weights(tmp_path):
+    """After full fine-tuning nothing frozen tells two geometries apart: their shapes do, before anything is copied."""
+    pyra.save_adapter(adapted(lora=False), tmp_path / "adapter.safetensors")
+    model = adapted(lora=False, mlp_ratio=3.0, seed=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="mlp"):
+        pyra.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("content, message", [("truncated", "can't be read"), ("empty", "can't be read"), ("weights", "is no adapter")])
+def test_adapter_damaged(tmp_path, content, message):
+    """Half a file, none, or a backbone's weights: one sentence, and the model stays as it is."""
+    path, model = tmp_path / "adapter.safetensors", adapted()
+    pyra.save_adapter(adapted(seed=1), path)
+    if content == "weights":
+        save_file(tiny().state_dict(), path)
+    else:
+        path.write_bytes(path.read_bytes()[:-40] if content == "truncated" else b"")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as error:
+        pyra.load_adapter(model, path)
+    assert "\n" not in str(error.value) and "adapter.safetensors" in str(error.value)
+    assert equal(model.state_dict(), before)
+
+
+def test_adapter_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter .*none.safetensors"):
+        pyra.load_adapter(adapted(), tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no file .*none.pth"):
+        pyra.load_pretrained(tiny(), tmp_path / "none.pth")
+
+
+def test_save_adapter_refuses(tmp_path):
+    """What can't be loaded again isn't written: LoRA folded in, or nothing trained. An older file stays."""
+    path = tmp_path / "adapter.safetensors"
+    pyra.save_adapter(adapted(), path)
+    older = path.read_bytes()
+    with pytest.raises(ValueError, match="before merge_lora"):
+        pyra.save_adapter(pyra.merge_lora(adapted()), path)
+    with pytest.raises(ValueError, match="no trained parameters"):
+        pyra.save_adapter(tiny().requires_grad_(False), path)
+    assert path.read_bytes() == older
+    pyra.save_adapter(adapted(seed=1), path)
+    assert path.read_bytes() != older
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training's machinery
+
+
+@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
+def test_activation_checkpointing(method):
+    """Each block run again in the backward pass: the same logits and gradients, bit for bit, drop path and dropout included."""
+    model = adapted(method, drop_path_rate=0.3).train()
+    torch.manual_seed(5)
+    logits, grads = gradients(model, batch())
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    torch.manual_seed(5)
+    again, grads_again = gradients(model, batch())
+    assert torch.equal(again, logits)
+    assert equal(grads_again, grads)
+
+
+@pytest.mark.parametrize("backend, method", [("eager", "plain"), ("eager", "tome"), ("eager", "pyra"), ("aot_eager", "pyra")])
+def test_compile(backend, method):
+    """One graph, without a break, and the same logits and gradients; a second batch size too."""
+    torch.compiler.reset()
+    model = adapted(method, depth=2)
+    logits, grads = gradients(model, batch())
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    model.zero_grad()
+    out = compiled(batch())
+    F.cross_entropy(out, torch.arange(3)).backward()
+    assert same(out, logits)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+    assert same(compiled(batch(2, seed=1)), model(batch(2, seed=1)))
+
+
+def test_compile_in_training():
+    """Dropout and drop path are in the graph too, for a second batch size as well."""
+    torch.compiler.reset()
+    model = adapted(drop_path_rate=0.3, depth=2).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for b in (3, 2):
+        compiled(batch(b)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert not same(compiled(batch(2)), compiled(batch(2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+@pytest.mark.parametrize("kwargs", [{}, dict(global_pool="avg")], ids=["token", "avg"])
+def test_bf16_autocast(s, kwargs):
+    """Training under autocast: finite, near float32, with float32 sizes that stay exact."""
+    model = adapted(s=s, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.forward_tokens(batch())
+        _, grads = gradients(model, batch())
+    assert tokens.size.dtype == torch.float32 and (tokens.size.sum((1, 2)) == 37).all()
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads.values())
+    assert sum(bool(grad.any()) for grad in grads.values()) >= len(grads) - 2
+
+
+def test_drop_path():
+    """In training it drops a branch of part of the samples and scales the rest; in evaluation it does nothing."""
+    model = tiny(drop_path_rate=0.4)
+    assert torch.equal(model(batch()), tiny()(batch()))
+    assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert pyra.VisionTransformer(**{**TINY, "depth": 1, "drop_path_rate": 0.4}).blocks[0].drop_path.rate == 0
+    model.train()
+    assert not same(model(batch()), model(batch()), rtol=1e-3)
+    torch.manual_seed(0)
+    x = torch.randn(2000, 3, 2)
+    out = pyra.DropPath(0.4).train()(x)
+    dropped = (out == 0).all(dim=(1, 2))
+    assert 0.35 < dropped.float().mean() < 0.45
+    torch.testing.assert_close(out[~dropped], x[~dropped] / 0.6)
+
+
+@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
+def test_overfits_a_batch(method):
+    """The whole of it learns: LoRA, generators and head bring the loss of a few images to nearly nothing."""
+    torch.manual_seed(0)
+    model = tiny()
+    pyra.add_lora(model, rank=4, dropout=0)
+    {"plain": lambda *_: None, "tome": pyra.add_tome, "pyra": pyra.add_pyra}[method](model, R)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimiser = torch.optim.AdamW(pyra.param_groups(model, lr=1e-2, modulation_lr=1e-3))
+    images, labels = batch(8), torch.arange(8) % 5
+    for _ in range(40):
+        loss = F.cross_entropy(model(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.1
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+    if method == "pyra":
+        assert model.blocks[0].reducer.w_d.any() and model.blocks[1].reducer.w_r.grad.any()
+
+
+def test_models_copy_and_move():
+    """A deep copy is independent; a state dict goes into a fresh model; half of the reducers may be absent."""
+    model = adapted()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(batch()), model(batch()))
+    torch.nn.init.zeros_(twin.blocks[0].reducer.w_d)
+    assert not torch.equal(twin(batch()), model(batch()))
+    fresh = adapted(seed=1)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(batch()), model(batch()))
+    double = copy.deepcopy(model).double()
+    assert double(batch().double()).dtype == torch.float64
+    assert same(double(batch().double()), model(batch()), rtol=1e-4)
+    pyra.add_pyra(model, [0, 6, 0])
+    assert [block.reducer is None for block in model.blocks] == [True, False, True]
+    assert pyra.token_counts(model) == [37, 37, 31, 31]
+    assert "r=6, s=1" in repr(model) and "r=4" in repr(pyra.ToMe(4))
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_models_in_bfloat16(s):
+    """A whole model held in bf16 runs without autocast, and keeps its sizes in float32."""
+    model = adapted(s=s).bfloat16()
+    assert model(batch().bfloat16()).dtype == torch.bfloat16
+    tokens = model.forward_tokens(batch().bfloat16())
+    assert tokens.size.dtype == torch.float32 and (tokens.size.sum((1, 2)) == 37).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals: one sentence each
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: pyra.solve_schedule(0), "depth must be an integer of at least 1, not 0"),
+    (lambda: pyra.solve_schedule(12.0), "depth must be an integer of at least 1, not 12.0"),
+    (lambda: pyra.solve_schedule(True), "depth must be an integer .* not True"),
+    (lambda: pyra.solve_schedule(12, tokens=0), "tokens must be an integer of at least 1, not 0"),
+    (lambda: pyra.solve_schedule(12, tokens="196"), "tokens must be an integer of at least 1, not '196'"),
+    (lambda: pyra.solve_schedule(12, remaining=-1), "remaining must be an integer of at least 0, not -1"),
+    (lambda: pyra.solve_schedule(12, remaining=196), r"remaining \(196\) must be less than tokens \(196\)"),
+    (lambda: pyra.solve_schedule(12, tokens=4), r"remaining \(4\) must be less than tokens \(4\)"),
+    *[(functools.partial(pyra.solve_schedule, 12, flops_ratio=ratio), "flops_ratio must be a finite number greater than 1")
+      for ratio in (1, 0.5, -2, math.inf, math.nan, True, "3", None)],
+    (lambda: pyra.merge_schedule("mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
+    (lambda: pyra.merge_schedule("high", depth=7), "'high' schedule for depths 12 and 24, not 7"),
+    (lambda: pyra.merge_schedule("low", tokens=64), "'low' schedule is for 196 patches, not 64"),
+    (lambda: pyra.merge_schedule(1.0), "greater than 1, not 1.0"),
+    (lambda: pyra.merge_schedule(None), "greater than 1, not None"),
+    *[(functools.partial(pyra.VisionTransformer, **{name: value}), f"{name} must be a positive integer, not {value!r}")
+      for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads") for value in (0, 2.0, True)],
+    (lambda: pyra.VisionTransformer(num_classes=-1), "num_classes must be an integer of at least 0, not -1"),
+    (lambda: pyra.VisionTransformer(num_classes=10.0), "num_classes must be an integer of at least 0, not 10.0"),
+    (lambda: pyra.VisionTransformer(img_size=225), "img_size 225 is not a multiple of patch_size 16"),
+    (lambda: pyra.VisionTransformer(num_heads=7), "embed_dim 768 is not a multiple of num_heads 7"),
+    (lambda: pyra.VisionTransformer(global_pool="mean"), "global_pool must be 'token' or 'avg', not 'mean'"),
+    (lambda: pyra.VisionTransformer(drop_path_rate=1.0), "drop_path_rate must be at least 0 and less than 1, not 1.0"),
+    (lambda: pyra.VisionTransformer(drop_path_rate=-0.1), "drop_path_rate must be at least 0 and less than 1, not -0.1"),
+    (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge'; there are .*vit_base_patch16_224"),
+    (lambda: pyra.create_model(None), "no model is called None"),
+    (lambda: pyra.create_model("vit_tiny_patch16_224", img_size=230), "img_size 230 is not a multiple"),
+    *[(functools.partial(lambda shape: tiny()(torch.zeros(shape)), shape), r"images must be \(b, 3, 24, 24\), not ")
+      for shape in ((3, 24, 24), (1, 1, 24, 24), (1, 3, 24, 20), (1, 3, 32, 32), (1, 24, 24, 3))],
+    *[(functools.partial(lambda rank: pyra.add_lora(tiny(), rank=rank), rank), "rank must be a positive integer, not ")
+      for rank in (0, -1, 2.0, True, None)],
+    (lambda: pyra.add_lora(tiny(), dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
+    (lambda: pyra.add_lora(tiny(), dropout=-0.1), "dropout must be at least 0 and less than 1, not -0.1"),
+    (lambda: pyra.add_lora(tiny(), init="normal"), "init must be 'zero' or 'published', not 'normal'"),
+    (lambda: pyra.add_lora(pyra.add_lora(tiny())), "has LoRA already"),
+    *[(functools.partial(lambda s: pyra.add_pyra(tiny(), R, s=s), s), "s must be a positive integer, not ") for s in (0, -1, 1.0, True)],
+    *[(functools.partial(lambda add, r: add(tiny(), r), add, r), message)
+      for add in (pyra.add_tome, pyra.add_pyra)
+      for r, message in (
+          ([1, 2], "the schedule has 2 entries, the model 3 blocks"),
+          ([], "the schedule has 0 entries, the model 3 blocks"),
+          ([1, 2, 3, 4], "the schedule has 4 entries, the model 3 blocks"),
+          ("high", "r must be an integer or a list with one a block, not 'high'"),
+          (2.5, "r must be an integer or a list with one a block, not 2.5"),
+          (None, "r must be an integer or a list with one a block, not None"),
+          (-1, "block 0: r must be at least 0, not -1"),
+          ([3, 2, -1], "block 2: r must be at least 0, not -1"),
+          ([3, 2.0, 1], "block 1: r must be an integer, not 2.0"),
+          ([3, True, 1], "block 1: r must be an integer, not True"),
+          (True, "r must be an integer.* not True"),
+          ([3, None, 1], "block 1: r must be an integer, not None"),
+      )],
+    (lambda: pyra.add_pyra(tiny(), [19, 0, 0]), "block 0: 19 pairs can't merge, 37 tokens are left and at most 18 pairs can"),
+    (lambda: pyra.add_pyra(tiny(), [10, 6, 11]), "block 2: 11 pairs can't merge, 21 tokens are left and at most 10 pairs can"),
+    (lambda: pyra.add_pyra(tiny(distilled=True), [18, 10, 0]), "block 1: 10 pairs can't merge, 20 tokens are left and at most 9 pairs can"),
+    (lambda: pyra.add_pyra(tiny(), 13), "block 1: 13 pairs can't merge, 24 tokens are left and at most 11 pairs can"),
+    (lambda: pyra.read_checkpoint("/nowhere/weights"), "weights must be a .safetensors, .pth, .pt, .bin or .npz file or a name on the hub"),
+    (lambda: pyra.read_checkpoint(HERE), "weights must be a .safetensors, .pth, .pt, .bin or .npz file or a name on the hub"),
+    (lambda: pyra.read_checkpoint("a name"), "weights must be .* not 'a name'"),
+])
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("call", [
+    lambda model: pyra.add_pyra(model, [3, 2, 30]),
+    lambda model: pyra.add_pyra(model, R, s=0),
+    lambda model: pyra.add_tome(model, [3, 2, -1]),
+    lambda model: pyra.add_lora(model),
+])
+def test_a_refusal_changes_nothing(call):
+    """Surgery that is refused halfway down the schedule has touched no block."""
+    model = adapted()
+    logits, before = model(batch()), snapshot(model)
+    with pytest.raises(ValueError):
+        call(model)
+    assert equal(model.state_dict(), before) and torch.equal(model(batch()), logits)
+
+
+def test_sizes_are_keywords_only():
+    with pytest.raises(TypeError, match="positional"):
+        pyra.VisionTransformer(224)

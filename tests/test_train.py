@@ -1,0 +1,776 @@
+"""train.py: records, resuming, what is trained and how fast, refusals, two processes, the command line."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import pyra
+import tasks
+import train
+
+HERE = pathlib.Path(train.__file__).resolve().parent
+HIGH = [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+PER_CLASS = 7  # 21 images to train on: two batches of 8, and 5 that an epoch leaves out
+FAST_BFLOAT16 = pytest.mark.skipif(not train.has_fast_bfloat16("cpu"), reason="this CPU emulates bfloat16")
+DTYPES = ["float32", pytest.param("bfloat16", marks=FAST_BFLOAT16)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """One thread, as models this small only lose by a second; our own folders; nothing of a torchrun around us."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that we start
+        patch.setenv("PYRA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PYRA_DATA", str(tmp_path_factory.mktemp("data")))
+        for name in ("PYRA_RUNS", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A task of three classes: noise of 8 x 8 pixels, a little redder, greener or bluer."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", PER_CLASS), ("test", 8)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 200, (8, 8, 3))
+                pixels[..., channel] += 15
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+SMALL = dict(weights="none", epochs=3, warmup=1, batch_size=8, lr=2e-3, modulation_lr=1e-3, eval_every=2, device="cpu", dtype="float32")
+UNREAD = "blocks.11.reducer"  # gets no gradient: nothing of what the last block merges reaches the class token
+ONE_STEP = dict(epochs=1, warmup=0, batch_size=64, dropout=0.0, drop_path=0.0, eval_every=0)  # all 21 images at once
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory):
+    """finished(method, dtype) -> (config, its Result): three epochs, uninterrupted, done once for all tests."""
+
+    @functools.cache
+    def finished(method="pyra", dtype="float32"):
+        config = train.Config(task=task, **{**SMALL, "method": method, "dtype": dtype})
+        return config, train.run(config, tmp_path_factory.mktemp("finished"), progress=False)
+
+    return finished
+
+
+def adapter(result):
+    return load_file(pathlib.Path(result.folder) / "adapter.safetensors")
+
+
+def trained_part(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_seconds(history):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+def files_in(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def assert_same_run(result, reference):
+    assert identical(adapter(result), adapter(reference))
+    assert without_seconds(result.history) == without_seconds(reference.history)
+    for name in ("accuracy_last", "accuracy_best", "best_epoch", "macs", "token_counts", "trained"):
+        assert getattr(result, name) == getattr(reference, name)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt_at(patch, steps):
+    """Raise Interrupted in place of the training step number `steps` (from 0), in the middle of all that goes on then."""
+    normalize, done = tasks.normalize, []
+
+    def counting(*args):
+        if not torch.is_inference_mode_enabled():
+            if len(done) == steps:
+                raise Interrupted
+            done.append(1)
+        return normalize(*args)
+
+    patch.setattr(tasks, "normalize", counting)
+
+
+def spy(patch, module, name):
+    """Calls of module.name go through as before; returns the list of their (arguments, result)."""
+    original, calls = getattr(module, name), []
+
+    def wrapper(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append((args, result))
+        return result
+
+    patch.setattr(module, name, wrapper)
+    return calls
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("this must not be called")
+
+
+def python(*args, **kwargs):
+    """Run this Python with args -> the completed process, its output as text."""
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_record(finished, method):
+    config, result = finished(method)
+    folder = pathlib.Path(result.folder)
+    assert folder.name == config.id() and result.config == dataclasses.asdict(config.resolved())
+    assert files_in(folder) == ["adapter.safetensors", "config.json", "log.jsonl", "result.json", "state.pt"]
+    assert train.Result(**json.loads((folder / "result.json").read_text())) == result
+    assert json.loads((folder / "config.json").read_text()) == result.config
+    assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == result.history
+
+    tokens = [197 - sum(HIGH[:i]) * (method != "plain") for i in range(13)]
+    assert result.token_counts == tokens
+    macs = 196 * 48 * 96 + 96 * 3 + sum(4 * n * 96**2 + 2 * n**2 * 96 + 2 * m * 96 * 384 for n, m in zip(tokens, tokens[1:]))
+    assert result.macs == macs == pyra.count_macs(train.build_model(config, 3))
+    assert result.trained == dict(lora=12 * 8 * (96 + 288), modulation=(sum(HIGH) + 12 * 96) * (method == "pyra"), head=96 * 3 + 3)
+    assert sum(t.numel() for t in adapter(result).values()) == sum(result.trained.values())
+    assert result.backbone_parameters == sum(p.numel() for p in pyra.create_model("vit_nano_patch4_56", num_classes=0).parameters())
+    assert result.num_classes == 3 and result.peak_memory is None
+    assert result.versions == dict(torch=torch.__version__, python=sys.version.split()[0])
+
+    assert [entry["epoch"] for entry in result.history] == [0, 1, 2]
+    assert [entry["lr"] for entry in result.history] == pytest.approx([1e-3, 2e-3, 2e-3 * (0.01 + 0.99 / 2)])
+    assert ["accuracy" in entry for entry in result.history] == [False, True, True]  # every second epoch and the last
+    assert all(entry["seconds"] > 0 and entry["loss"] > 0 for entry in result.history)
+    assert all((entry["train_accuracy"] * 16).is_integer() and 0 <= entry["train_accuracy"] <= 1 for entry in result.history)
+    assert result.seconds_per_epoch == statistics.median(entry["seconds"] for entry in result.history)
+    assert result.accuracy_last == result.history[2]["accuracy"]
+    assert result.accuracy_best == max(result.history[1]["accuracy"], result.history[2]["accuracy"])
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_best_and_last_accuracy_are_told_apart(task, tmp_path, monkeypatch):
+    scripted = iter([0.25, 0.75, 0.75, 0.5])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(scripted))
+    result = train.run(train.Config(task=task, **{**SMALL, **ONE_STEP, "epochs": 4, "eval_every": 1}), tmp_path, progress=False)
+    assert [entry["accuracy"] for entry in result.history] == [0.25, 0.75, 0.75, 0.5]
+    assert (result.accuracy_last, result.accuracy_best, result.best_epoch) == (0.5, 0.75, 1)
+
+
+def test_finished_run_is_found_not_repeated(finished, monkeypatch):
+    config, result = finished()
+    for module, name in ((train, "build_model"), (tasks, "load_split"), (tasks, "find_task")):
+        monkeypatch.setattr(module, name, forbidden)
+    runs = pathlib.Path(result.folder).parent
+    before = [(f, os.stat(runs / f).st_mtime_ns) for f in files_in(runs)]
+    assert train.run(config, runs) == result
+    assert train.run(config.resolved(), str(runs)) == result
+    monkeypatch.setenv("PYRA_RUNS", str(runs))
+    assert train.run(config) == result
+    assert [(f, os.stat(runs / f).st_mtime_ns) for f in files_in(runs)] == before
+
+
+def test_record_can_move(finished, tmp_path):
+    """Runs are copied from a cluster or a server: the record that is found there is about the files that are there."""
+    config, result = finished()
+    shutil.copytree(result.folder, tmp_path / config.id())
+    moved = train.run(config, tmp_path, progress=False)
+    assert moved == dataclasses.replace(result, folder=str(tmp_path / config.id()))
+
+
+def test_loss_and_accuracy_of_the_first_step(task, tmp_path):
+    """With one step on all images and no dropout, the loss is that of the model as built."""
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP})
+    result = train.run(config, tmp_path, progress=False)
+    images, labels = tasks.load_split(task, "train800val200", 56)
+    model = train.build_model(config, 3)
+    with torch.no_grad():
+        logits = torch.cat([model(image[None] / 255 * 2 - 1) for image in images])
+    assert len(images) == 3 * PER_CLASS
+    assert result.history[0]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.history[0]["train_accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).double().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_load_run_gives_the_recorded_accuracy(finished, task, dtype):
+    config, result = finished(dtype=dtype)
+    model = train.load_run(result)
+    assert not model.training and identical(trained_part(model), adapter(result))
+    images, labels = tasks.load_split(task, "test", 56)
+    again = train.evaluate(model, images, labels, "half", train.DTYPES[dtype], batch_size=7)
+    if dtype == "float32":
+        assert again == result.accuracy_last
+        with torch.no_grad():
+            right = [model(image[None] / 255 * 2 - 1).argmax().item() == label for image, label in zip(images, labels)]
+        assert result.accuracy_last == sum(right) / 24
+    else:  # the run held its frozen weights in bf16, the loaded model holds them in float32: one image may fall on the other side
+        assert abs(again - result.accuracy_last) <= 1 / 24 + 1e-9
+    assert 0.4 < result.accuracy_last < 1  # else the comparison would say little
+
+
+def test_load_run_without_the_device_of_the_run(finished, monkeypatch):
+    """Trained on a GPU, loaded where there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, result = finished()
+    model = train.load_run(dataclasses.replace(result, config={**result.config, "device": "cuda"}))
+    assert identical(trained_part(model), adapter(result))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted and gone on
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, dtype):
+    config, reference = finished(dtype=dtype)
+    assert config.method == "pyra" and config.dropout == config.drop_path == 0.1
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)  # epoch 1 has done one of its two steps, and drawn its random numbers
+        with pytest.raises(Interrupted):
+            train.run(config, tmp_path, progress=False)
+    folder = tmp_path / config.id()
+    assert files_in(folder) == ["config.json", "log.jsonl", "state.pt"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert without_seconds(log) == without_seconds(reference.history[:1])
+
+    torch.manual_seed(999)
+    epochs = spy(monkeypatch, train, "lr_factor")
+    result = train.run(config, tmp_path, progress=False)
+    assert sorted({args[0] for args, _ in epochs}) == [1, 2]  # epoch 0 was not repeated
+    assert result.history[0] == log[0]
+    assert_same_run(result, reference)
+
+
+def test_killed_while_it_saves(finished, tmp_path):
+    """SIGKILL with half of the second state.pt written: the first one is still there, and the run goes on from it."""
+    config, reference = finished()
+    script = """
+import json, os, signal, sys, torch, train
+save = torch.save
+def save_half(state, path):
+    save(state, path)
+    if len(state["history"]) == 2:
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+torch.set_num_threads(1)
+train.run(train.Config(**json.loads(sys.argv[1])), sys.argv[2], progress=False)
+"""
+    done = python("-c", script, json.dumps(dataclasses.asdict(config)), tmp_path, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = tmp_path / config.id()
+    assert not (folder / "result.json").exists() and len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert_same_run(train.run(config, tmp_path, progress=False), reference)
+
+
+def test_killed_before_its_result(finished, tmp_path, monkeypatch):
+    """All epochs are done, only the record is missing: nothing is trained again."""
+    config, reference = finished()
+    folder = tmp_path / config.id()
+    folder.mkdir()
+    for name in ("config.json", "log.jsonl", "state.pt"):
+        shutil.copy(pathlib.Path(reference.folder) / name, folder)
+    monkeypatch.setattr(tasks, "normalize", forbidden)
+    result = train.run(config, tmp_path, progress=False)
+    assert result.history == reference.history
+    assert_same_run(result, reference)
+    assert (folder / "result.json").is_file()
+
+
+def test_same_seed_same_run(task, tmp_path):
+    config = train.Config(task=task, **{**SMALL, "epochs": 1, "warmup": 0})
+    first, again, other = (
+        train.run(c, tmp_path / name, progress=False)
+        for c, name in ((config, "first"), (config, "again"), (dataclasses.replace(config, seed=1), "again"))
+    )
+    assert_same_run(again, first)
+    assert [name for name, value in adapter(other).items() if torch.equal(value, adapter(first)[name])] == [f"{UNREAD}.w_d"]
+    assert other.history[0]["loss"] != first.history[0]["loss"]
+
+
+def test_epochs_differ_in_their_order(task, tmp_path, monkeypatch):
+    """Each epoch meets 16 of the 21 images once, in an order of its own."""
+    calls = spy(monkeypatch, tasks, "normalize")
+    train.run(train.Config(task=task, **{**SMALL, "eval_every": 0, "epochs": 2, "rate": 12.0, "method": "tome"}), tmp_path, progress=False)
+    batches = [args[0] for args, _ in calls]
+    assert [len(b) for b in batches] == [8, 8, 8, 8, 24]  # two epochs, then the test images
+    images = {image.numpy().tobytes(): i for i, image in enumerate(tasks.load_split(task, "train800val200", 56)[0])}
+    first, second = ([images[image.numpy().tobytes()] for b in batches[i : i + 2] for image in b] for i in (0, 2))
+    assert len(set(first)) == len(set(second)) == 16
+    assert first != second and first != sorted(first)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained, and at which rate
+
+
+def test_lr_factor():
+    at = functools.partial(train.lr_factor, warmup=10, epochs=100)
+    assert [at(e) for e in range(11)] == pytest.approx([(e + 1) / 11 for e in range(11)])
+    assert at(10) == pytest.approx(1)
+    assert at(40) == pytest.approx(0.01 + 0.99 * 0.75)  # a third of the way: cos 60 degrees = 1/2
+    assert at(55) == pytest.approx(0.01 + 0.99 * 0.5)
+    assert at(70) == pytest.approx(0.01 + 0.99 * 0.25)
+    assert at(100) == pytest.approx(0.01) and 0.01 < at(99) < 0.011
+    factors = [at(e) for e in range(10, 100)]
+    assert factors == sorted(factors, reverse=True)
+    assert train.lr_factor(0, 0, 1) == 1
+
+
+@pytest.mark.parametrize("modulation_lr", [0.0, 5e-3])
+def test_first_step_goes_as_far_as_its_learning_rate(task, tmp_path, modulation_lr):
+    """AdamW's first step moves each parameter by its learning rate, whatever the gradient's size."""
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "lr": 1e-3, "modulation_lr": modulation_lr, "weight_decay": 0.0})
+    after = adapter(train.run(config, tmp_path, progress=False))
+    before = trained_part(train.build_model(config, 3))
+    assert after.keys() == before.keys()
+    moved = {name: (after[name] - before[name]).abs() for name in before}
+    for name, step in moved.items():
+        if name.startswith(UNREAD) or name.endswith(("lora_a", "w_r")):  # no gradient as long as their partners are zero
+            assert step.max() == 0, name
+        else:
+            rate = modulation_lr if name.endswith("w_d") else 1e-3
+            assert step.max() == pytest.approx(rate, rel=1e-3) and step.median() == pytest.approx(rate, rel=1e-2), name
+
+
+def test_optimiser_gets_each_group_its_rate(task, tmp_path, monkeypatch):
+    """Through warm-up and cosine; with modulation_lr=0 the generators stay as they were drawn, and all else is trained."""
+    steps = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            steps.append({g["name"]: (g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in self.param_groups})
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    config = train.Config(task=task, **{**SMALL, "epochs": 2, "lr": 4e-3, "modulation_lr": 0.0, "weight_decay": 0.05})
+    after = adapter(train.run(config, tmp_path / "zero", progress=False))
+    before = trained_part(train.build_model(config, 3))
+    factors = [0.5, 0.5, 1, 1]  # two steps an epoch
+    assert steps == [{"decay": (4e-3 * f, 0.05, 36864 + 288), "no_decay": (4e-3 * f, 0, 3), "modulation": (0, 0.05, 1344)} for f in factors]
+    for name in before:
+        assert torch.equal(after[name], before[name]) == (".reducer." in name), name
+
+    steps.clear()
+    config = dataclasses.replace(config, modulation_lr=2e-4, weight_decay=0.0)
+    after = adapter(train.run(config, tmp_path / "some", progress=False))
+    assert [s["modulation"][0] for s in steps] == pytest.approx([1e-4, 1e-4, 2e-4, 2e-4])
+    for name in before:
+        assert torch.equal(after[name], before[name]) == name.startswith(UNREAD), name
+        if ".reducer." in name:
+            assert (after[name] - before[name]).abs().max() < 2e-3  # lr, 4e-3, would take them further
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backbone_stays_as_its_file_has_it(task, tmp_path, monkeypatch, dtype):
+    torch.manual_seed(5)
+    weights = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in pyra.create_model("vit_nano_patch4_56", num_classes=0).named_parameters()}
+    save_file(weights, tmp_path / "backbone.safetensors")
+    config = train.Config(task=task, **{**SMALL, "epochs": 1, "warmup": 0, "weights": str(tmp_path / "backbone.safetensors"), "dtype": dtype})
+    built = spy(monkeypatch, train, "build_model")
+    result = train.run(config, tmp_path, progress=False)
+    (_, model), = built
+    frozen = {name: p for name, p in model.named_parameters() if not pyra.is_adapter(name)}
+    assert identical(frozen, {name: w.to(train.DTYPES[dtype]) for name, w in weights.items()})
+    assert not any(p.requires_grad for p in frozen.values())
+    assert all(p.dtype == torch.float32 for p in trained_part(model).values())
+    assert identical(trained_part(model), adapter(result))
+    assert identical({k: v for k, v in train.load_run(result).named_parameters() if k in weights}, weights)
+
+
+def test_options_reach_their_place(task, tmp_path, monkeypatch):
+    splits, normalized, compiled = spy(monkeypatch, tasks, "load_split"), spy(monkeypatch, tasks, "normalize"), []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    built = spy(monkeypatch, train, "build_model")
+    fields = dict(train_split="train800", eval_split="val200", norm="imagenet", compile=True, s=3, lora_rank=2, rate="low", drop_path=0.2, dropout=0.3)
+    result = train.run(train.Config(task=task, **{**SMALL, **ONE_STEP, **fields}), tmp_path, progress=False)
+    assert [args[1:3] for args, _ in splits] == [("train800", 56), ("val200", 56)]
+    assert {args[1] for args, _ in normalized} == {"imagenet"} and [len(args[0]) for args, _ in normalized] == [18, 3]
+    (_, model), = built
+    assert compiled == [model]
+    assert result.token_counts[-1] == 197 - 186 and result.trained["modulation"] == 3 * (186 + 12 * 96) and result.trained["lora"] == 12 * 2 * 384
+    assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0.2 * i / 11 for i in range(12)])
+    assert {block.attn.qkv.dropout for block in model.blocks} == {0.3}
+    with torch.device("meta"):
+        averaging = train.create_backbone(train.Config(backbone="vit_base_patch16_224.mae"), 7)
+    assert averaging.global_pool == "avg" and averaging.head.out_features == 7 and averaging.embed_dim == 768
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_loss_that_explodes(task, tmp_path):
+    """The state of the epoch before stays, there is no record, and a second try says the same."""
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "epochs": 3, "lr": 1e38})
+    folder = tmp_path / config.id()
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"loss was (nan|inf) in epoch 1; .*state\.pt holds the epoch before$"):
+            train.run(config, tmp_path, progress=False)
+        assert files_in(folder) == ["config.json", "log.jsonl", "state.pt"]
+        assert [entry["epoch"] for entry in torch.load(folder / "state.pt", weights_only=True)["history"]] == [0]
+        assert len((folder / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_weights_with_nan(task, tmp_path):
+    weights = {name: p.detach() for name, p in pyra.create_model("vit_nano_patch4_56", num_classes=0).named_parameters()}
+    weights["norm.bias"][0] = math.nan
+    save_file(weights, tmp_path / "nan.safetensors")
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "weights": str(tmp_path / "nan.safetensors")})
+    with pytest.raises(FloatingPointError, match="loss was nan in epoch 0") as error:
+        train.run(config, tmp_path / "runs", progress=False)
+    assert files_in(tmp_path / "runs") == [f"{config.id()}/config.json"]
+    assert "state.pt" not in str(error.value)  # there is none to look at
+
+
+REFUSED = [  # fields, what the sentence says
+    (dict(task=3), "task must be of type str, not 3"),
+    (dict(task=None), "task must be of type str"),
+    (dict(task="sprites_locatoin"), "Unknown task 'sprites_locatoin'.* did you mean sprites_location"),
+    (dict(task="cifar100"), "cifar100 of VTAB-1k is not in"),
+    (dict(task="folder:/nowhere"), "/nowhere is not a folder"),
+    (dict(backbone="vit_huge_patch14_224"), "backbone must be one of vit_nano_patch4_56, .*, not 'vit_huge_patch14_224'"),
+    (dict(backbone="vit_tiny_patch16_224.mae"), "backbone must be one of"),
+    (dict(weights=5), "weights must be of type str | None, not 5"),
+    (dict(weights="missing.safetensors"), "no file 'missing.safetensors'"),
+    (dict(weights="weights.txt.gz/no/name"), "weights must be a .safetensors"),
+    (dict(method="lora"), "method must be one of plain, tome, pyra, not 'lora'"),
+    (dict(rate="mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
+    (dict(rate="mid", method="plain"), "rate must be"),
+    (dict(rate=None), "rate must be of type"),
+    (dict(rate=True), "rate must be of type"),
+    (dict(rate=1.0), "must be a finite number greater than 1, not 1.0"),
+    (dict(rate=math.nan), "must be a finite number greater than 1, not nan"),
+    (dict(rate=[16] * 11), "schedule has 11 entries, the model 12 blocks"),
+    (dict(rate=[16] * 11, method="tome"), "schedule has 11 entries, the model 12 blocks"),
+    (dict(rate=[]), "schedule has 0 entries"),
+    (dict(rate=[99] + [1] * 11), "block 0: 99 pairs can't merge, 197 tokens are left and at most 98 pairs can"),
+    (dict(rate=[16] * 12), "block 11: 16 pairs can't merge, 21 tokens are left and at most 10 pairs can"),
+    (dict(rate=[-1] + [1] * 11), "block 0: r must be at least 0, not -1"),
+    (dict(rate=[True] + [1] * 11), "block 0: r must be an integer, not True"),
+    (dict(rate=[1.0] * 12), "block 0: r must be an integer, not 1.0"),
+    (dict(rate=20.0), "block 0: 155 pairs can't merge"),
+    (dict(s=0), "s must be at least 1, not 0"),
+    (dict(s=1.0), "s must be of type int, not 1.0"),
+    (dict(lora_rank=0), "lora_rank must be at least 1, not 0"),
+    (dict(lora_rank=True), "lora_rank must be of type int | None, not True"),
+    (dict(epochs=0), "epochs must be at least 1, not 0"),
+    (dict(epochs="3"), "epochs must be of type int, not '3'"),
+    (dict(epochs=True), "epochs must be of type int, not True"),
+    (dict(epochs=None), "epochs must be of type int, not None"),
+    (dict(warmup=-1), "warmup must be at least 0, not -1"),
+    (dict(warmup=3), r"warmup \(3\) must be less than epochs \(3\)"),
+    (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+    (dict(batch_size=8.0), "batch_size must be of type int | None, not 8.0"),
+    (dict(lr=-1e-3), "lr must be a finite number of at least 0, not -0.001"),
+    (dict(lr=math.nan), "lr must be a finite number of at least 0, not nan"),
+    (dict(lr="1e-3"), "lr must be of type float, not '1e-3'"),
+    (dict(lr=True), "lr must be of type float, not True"),
+    (dict(lr=None), "lr must be of type float, not None"),
+    (dict(modulation_lr=math.inf), "modulation_lr must be a finite number of at least 0, not inf"),
+    (dict(modulation_lr=None), "modulation_lr must be of type float, not None"),
+    (dict(weight_decay=-1), "weight_decay must be a finite number of at least 0, not -1"),
+    (dict(drop_path=1), "drop_path must be at least 0 and less than 1, not 1"),
+    (dict(drop_path=math.nan), "drop_path must be at least 0 and less than 1, not nan"),
+    (dict(dropout=-0.1), "dropout must be at least 0 and less than 1, not -0.1"),
+    (dict(norm="in21k"), "norm must be one of imagenet, half, none, not 'in21k'"),
+    (dict(seed=0.5), "seed must be of type int, not 0.5"),
+    (dict(seed=2**62), "seed"),  # as much as PyTorch's generators don't take
+    (dict(train_split="train"), "train_split must be one of train800, .*, not 'train'"),
+    (dict(eval_split=None), "eval_split must be of type str, not None"),
+    (dict(eval_split="val"), "eval_split must be one of"),
+    (dict(eval_every=-1), "eval_every must be at least 0, not -1"),
+    (dict(data_root=pathlib.Path("data")), "data_root must be of type str | None"),
+    (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, not 'tpu'"),
+    (dict(device="cuda"), "device cuda was asked for, and PyTorch finds no CUDA device here"),
+    (dict(dtype="float16"), "dtype must be one of float32, bfloat16, not 'float16'"),
+    (dict(compile=1), "compile must be of type bool, not 1"),
+    (dict(compile="yes"), "compile must be of type bool, not 'yes'"),
+]
+
+
+@pytest.mark.parametrize("fields, sentence", REFUSED, ids=[",".join(f"{k}={v}" for k, v in fields.items()) for fields, _ in REFUSED])
+def test_refused_in_one_sentence_and_nothing_written(task, tmp_path, monkeypatch, fields, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence.replace(" | ", r" \| ")) as error:
+        train.run(train.Config(**{**SMALL, "task": task, **fields}), tmp_path / "runs", progress=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("broken", ["weights that are none", "weights of another model", "an image that is none", "a class without images", "more processes"])
+def test_refused_files_and_nothing_written(task, tmp_path, monkeypatch, broken):
+    fields, runs = {**SMALL, "task": task}, tmp_path / "runs"
+    weights = tmp_path / "weights.safetensors"
+    if broken == "weights that are none":
+        weights.write_bytes(b"not a checkpoint")
+        fields["weights"], sentence = str(weights), "can't be read as a .safetensors file"
+    elif broken == "weights of another model":
+        save_file({"cls_token": torch.zeros(1, 1, 96)}, weights)
+        fields["weights"], sentence = str(weights), "doesn't fit the model: it lacks pos_embed"
+    elif broken == "more processes":
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("RANK", "0")
+        sentence = "batch_size 8 is not a multiple of the 3 processes"
+    else:
+        shutil.copytree(task.removeprefix("folder:"), tmp_path / "images")
+        fields["task"] = f"folder:{tmp_path / 'images'}"
+        if broken == "an image that is none":
+            (tmp_path / "images" / "train" / "red" / "0.png").write_text("no image")
+            sentence = "0.png is not an image that can be read"
+        else:
+            (tmp_path / "images" / "train" / "white").mkdir()
+            sentence = "white holds no images"
+    with pytest.raises(ValueError, match=sentence) as error:
+        train.run(train.Config(**fields), runs, progress=False)
+    assert "\n" not in str(error.value)
+    assert not runs.exists()
+
+
+def test_write_atomically(tmp_path):
+    path = tmp_path / "file"
+
+    def fails(partial):
+        assert partial != path
+        partial.write_text("half of the n")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        train.write_atomically(path, fails)
+    assert files_in(tmp_path) == []
+    train.write_atomically(path, lambda partial: partial.write_text("old"))
+    assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
+    with pytest.raises(OSError, match="no space left"):
+        train.write_atomically(path, fails)
+    assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
+    train.write_atomically(path, lambda partial: partial.write_text("new"))
+    assert path.read_text() == "new" and files_in(tmp_path) == ["file"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: defaults and id
+
+OTHER = dict(
+    task="digits", backbone="vit_tiny_patch16_224", weights="none", method="tome", rate="low", s=2, lora_rank=3, epochs=99, warmup=3, batch_size=16,
+    lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
+    eval_every=1, data_root="elsewhere", device="cuda:1", dtype="float32", compile=True,
+)  # a value for each field that isn't its default
+
+
+def test_resolved_fills_in_the_backbones_defaults():
+    for name, known in train.BACKBONES.items():
+        resolved = train.Config(backbone=name, method="plain", epochs=50, device="cpu").resolved()
+        assert {k: getattr(resolved, k) for k in ("weights", "norm", "lora_rank", "batch_size")} == known
+        assert resolved.warmup == 5
+        assert resolved.dtype == ("bfloat16" if train.has_fast_bfloat16("cpu") else "float32")
+        assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == ["data_root"]
+        assert resolved.resolved() == resolved
+    given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
+    resolved = train.Config(**given, method="plain").resolved()
+    assert {k: getattr(resolved, k) for k in given} == given
+    assert train.Config(epochs=9).resolved().warmup == 0
+
+
+def test_ids(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # nothing is put on a device here
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: True)
+    base = train.Config(method="plain", device="cpu")
+    assert base.id() == train.Config(method="plain", device="cpu").id() == base.resolved().id()
+    for name in ("weights", "lora_rank", "warmup", "batch_size", "norm", "dtype"):
+        assert getattr(base, name) is None
+        assert dataclasses.replace(base, **{name: getattr(base.resolved(), name)}).id() == base.id()
+    assert dataclasses.replace(base, drop_path=0).id() == dataclasses.replace(base, drop_path=0.0).id()
+    assert OTHER.keys() == {f.name for f in dataclasses.fields(train.Config)}
+    ids = [base.id(), dataclasses.replace(base, rate=[1] * 12).id()] + [dataclasses.replace(base, **{k: v}).id() for k, v in OTHER.items()]
+    assert len(set(ids)) == len(OTHER) + 2
+    assert re.fullmatch(r"sprites_location-vit_nano_patch4_56-plain-seed0-[0-9a-f]{10}", base.id())
+    assert re.fullmatch(r"[\w.-]+", dataclasses.replace(base, task="folder:/a b/ä/../c").id())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.seed = 1
+
+
+def test_ratio_may_be_a_whole_number():
+    assert train.Config(rate=2, device="cpu").id() == train.Config(rate=2.0, device="cpu").id()
+    assert train.parse(["--rate", "2"]).rate == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def test_two_processes_equal_one(task, tmp_path):
+    fields = {**SMALL, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0}
+    config = train.Config(task=task, **fields)
+    one = train.run(config, tmp_path / "one", progress=False)
+    argv = [f"--{name}={value}" for name, value in {"task": task, **fields}.items()]
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "train.py", *argv,
+                  cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(tmp_path / "two")})
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("accuracy on test", done.stdout)) == 1
+    folder = tmp_path / "two" / config.id()
+    assert files_in(tmp_path / "two") == [f"{config.id()}/{f}" for f in ("adapter.safetensors", "config.json", "log.jsonl", "result.json", "state.pt")]
+    two = train.Result(**json.loads((folder / "result.json").read_text()))
+    assert two.config == one.config
+    assert [entry["loss"] for entry in two.history] == pytest.approx([entry["loss"] for entry in one.history], rel=1e-4)
+    assert [entry["train_accuracy"] for entry in two.history] == [entry["train_accuracy"] for entry in one.history]
+    assert abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
+
+    before, a, b = trained_part(train.build_model(config, 3)), adapter(one), adapter(two)
+    assert a.keys() == b.keys() == before.keys()
+    for name in before:  # AdamW makes a whole step of a gradient that is only rounding: few parameters may differ, and most don't
+        assert (a[name] - b[name]).abs().mean() <= 0.02 * (a[name] - before[name]).abs().mean(), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_command_line_runs(task, tmp_path, monkeypatch):
+    argv = ["--task", task, "--weights", "none", "--method", "tome", "--rate", json.dumps([40] * 3 + [0] * 9), "--epochs", "1", "--batch_size", "8",
+            "--device", "cpu", "--dtype", "float32", "--eval_split", "val200", "--lora_rank", "1"]
+    runs = tmp_path / "runs"
+    done = python(HERE / "train.py", *argv, cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(runs)})
+    assert done.returncode == 0, done.stderr
+    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n", done.stdout)
+    config = train.parse(argv)
+    monkeypatch.setattr(train, "build_model", forbidden)  # the record that the other process made is found in this one
+    result = train.run(config, runs)
+    assert shown[1] == f"{result.accuracy_last:.4f}" and shown[2] == result.folder == str(runs / config.id())
+    assert result.token_counts == [197, 157, 117] + [77] * 10
+    assert result.config["rate"] == [40] * 3 + [0] * 9 and len(result.history) == 1
+
+
+def test_command_line_error_is_one_line(tmp_path):
+    done = python(HERE / "train.py", "--task", "sprites_locatoin", cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(tmp_path / "runs")})
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"train\.py: Unknown task 'sprites_locatoin'[^\n]+\n", done.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--epochs", "many"], "epochs must be of type int, not 'many'"),
+    (["--task", "folder:/nowhere"], "folder:/nowhere: /nowhere is not a folder."),
+    (["--lr", "1e38", "--epochs", "3", "--batch_size", "64"], "loss was nan in epoch 1"),
+], ids=["ValueError", "FileNotFoundError", "FloatingPointError"])
+def test_main_leaves_with_a_sentence(task, tmp_path, monkeypatch, argv, sentence):
+    import runpy
+
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", "--weights=none", "--device=cpu", "--dtype=float32", *argv])
+    with pytest.raises(SystemExit) as left:  # whose text Python prints on stderr, and returns 1
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    assert left.value.code.startswith("train.py: ") and sentence in left.value.code and "\n" not in left.value.code
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as left:
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    for f in dataclasses.fields(train.Config):
+        assert re.search(rf"^ +--{f.name}\b", shown, re.MULTILINE), f.name
+        assert f.metadata["help"].split()[0] in shown
+        if f.default is not None:
+            assert f"(default: {f.default})" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("argv", [["--nope", "1"], ["--epoch", "3"], ["--epochs"], ["sprites_location"]])
+def test_unknown_option(capsys, argv):
+    with pytest.raises(SystemExit) as left:
+        train.parse(argv)
+    assert left.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, field, value", [
+    ("--rate low", "rate", "low"),
+    ("--rate 3.4", "rate", 3.4),
+    ("--rate [16,16,16,16,16,16,16,16,16,16,16,10]", "rate", [16] * 11 + [10]),
+    ("--lora_rank None", "lora_rank", None),
+    ("--lora_rank null", "lora_rank", None),
+    ("--lora_rank 12", "lora_rank", 12),
+    ("--weights none", "weights", "none"),
+    ("--weights None", "weights", None),
+    ("--norm none", "norm", "none"),
+    ("--compile True", "compile", True),
+    ("--compile true", "compile", True),
+    ("--compile False", "compile", False),
+    ("--lr 3e-4", "lr", 3e-4),
+    ("--lr 1", "lr", 1.0),
+    ("--dropout .2", "dropout", 0.2),
+    ("--weight_decay 1.", "weight_decay", 1.0),
+    ("--seed=7", "seed", 7),
+    ("--task 365", "task", "365"),  # a folder's name
+    ("--data_root /some/where", "data_root", "/some/where"),
+])
+def test_parse(argv, field, value):
+    config = train.parse(argv.split())
+    assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
+    assert config == dataclasses.replace(train.Config(), **{field: value})
+
+
+@pytest.mark.parametrize("argv", ["--rate mid", "--rate [1,2", "--epochs 1.5", "--epochs True", "--compile 1", "--lr fast", "--lr NaN", "--seed None", "--s [1]"])
+def test_parse_refuses(argv):
+    with pytest.raises(ValueError, match=f"{argv[2:].split()[0]} must be"):
+        train.parse(argv.split())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed: that it is measured, not how high it is
+
+
+@pytest.mark.parametrize("dtype", train.DTYPES)
+def test_benchmark(dtype):
+    models = {name: pyra.create_model("vit_nano_patch4_56", num_classes=3) for name in ("plain", "tome", "pyra")}
+    pyra.add_tome(models["tome"], HIGH)
+    pyra.add_pyra(models["pyra"], HIGH)
+    speeds = train.benchmark(models, batch_size=2, dtype=dtype, device="cpu", seconds=0.01, rounds=1)
+    assert list(speeds) == ["plain", "tome", "pyra"]
+    for median, low, high in speeds.values():
+        assert 0 < low == median == high < math.inf
+
+
+def test_benchmark_command(capsys):
+    train.main("benchmark --backbone vit_nano_patch4_56 --batch_size 1 --rate 2.5 --device cpu --seconds 0.01 --rounds 2".split())
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("without timm")]
+    assert lines[0].split()[:3] == ["dtype", "model", "images/s"]
+    rows = [line.split() for line in lines[1:]]
+    assert [row[:2] for row in rows] == [[dtype, model] for dtype in train.DTYPES for model in ("plain", "tome", "pyra")]
+    for row in rows:
+        median, low, high, speedup, ratio = map(float, row[2:])
+        assert 0 < low <= median <= high and speedup > 0
+        assert ratio == 1 if row[1] == "plain" else 2 < ratio < 3
