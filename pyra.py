@@ -441,8 +441,8 @@ class VisionTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward_tokens(self, images):
-        """images (b, 3, img_size, img_size), normalised -> the Tokens after the last block, their sizes filled in."""
+    def forward_tokens(self, images, depth=None):
+        """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
         if images.ndim != 4 or images.shape[1:] != (3, self.img_size, self.img_size):
             raise ValueError(f"images must be (b, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
         specials = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
@@ -450,7 +450,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([specials, self.patch_embed(images)], dim=1) + self.pos_embed
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
         tokens = Tokens(x, None, source)
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             tokens = block(tokens)
         if tokens.size is None:
             tokens = tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=x.device))
@@ -629,11 +629,9 @@ def load_pretrained(model, source):
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
 
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and ".reducer." not in k}
-    for head in ("head", "head_dist"):
-        classes = weights[f"{head}.weight"].shape[0] if f"{head}.weight" in weights else None
-        if classes != model.num_classes or f"{head}.weight" not in own:
-            if head == "head" or model.distilled:
-                weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
+    for head in ("head", "head_dist")[: model.specials]:
+        if f"{head}.weight" in weights and len(weights[f"{head}.weight"]) != model.num_classes:
+            weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
     if "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model)
 

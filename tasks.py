@@ -16,7 +16,7 @@ import difflib
 import functools
 import hashlib
 import os
-import tempfile
+import uuid
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train800", "val200", "train800val200", "test")
@@ -458,13 +458,12 @@ def load_split(task, split, img_size=224, root=None, cache=None):
     cached = folder / f"{task.path.name}-{split}-{img_size}-{key.hexdigest()[:16]}.npy"
     if not cached.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")  # complete before it has its name: no reader meets half a file
-        os.close(handle)
+        partial = folder / f"{uuid.uuid4().hex}.partial"  # complete before it has its name: no reader meets half a file
         try:
             images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, img_size, img_size))
             _decode(files, img_size, images, f"{task.path.name}/{split}")
             images.flush()
             os.replace(partial, cached)
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return torch.from_numpy(np.load(cached, mmap_mode="c")), labels  # copy-on-write: writable for its owner, the file never changes

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pyra
 import tasks
@@ -334,7 +334,7 @@ def run(config, runs=None, progress=True):
             state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history)
             write_atomically(state_file, lambda p: torch.save(state, p))
             write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
-        bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.3f}", refresh=False)
+        bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
         bar.update()
     bar.close()
 

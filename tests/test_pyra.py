@@ -823,6 +823,7 @@ def test_load_pretrained_into_an_adapted_model(tmp_path):
     (lambda w: [w.pop("blocks.1.norm1.weight"), w.pop("cls_token")], r"lacks cls_token, blocks\.1\.norm1\.weight"),
     (lambda w: w.pop("norm.bias"), r"lacks norm\.bias$"),
     (lambda w: w.update(extra=torch.ones(2), other=torch.ones(1)), r"has the unexpected extra, other$"),
+    (lambda w: w.update({"head_dist.weight": torch.ones(5, 24)}), r"unexpected head_dist\.weight$"),
     (lambda w: w.update({"blocks.3.norm1.weight": torch.ones(24)}), r"unexpected blocks\.3\.norm1\.weight"),
     (lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.ones(48, 12), "norm.bias": torch.ones(1)}),
      r"wrong shape of blocks\.0\.mlp\.fc1\.weight \(48, 12\) for \(48, 24\), norm\.bias \(1,\) for \(24,\)"),
