@@ -118,10 +118,10 @@ def drop_mask(x, rate):
     bernoulli_ on a CPU draws element by element, in one thread: a tenth of a small model's training. Here one draw of 64
     bits serves four elements.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device) >= rate
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(rate * 2**16) - 2**15
+    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
 
 class LoRALinear(nn.Linear):
@@ -137,6 +137,7 @@ class LoRALinear(nn.Linear):
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
         self.dropout = dropout
+        self.train(linear.training)
         if init == "zero":
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         else:  # the published code re-initialises every nn.Linear after LoRA set its own weights
@@ -469,6 +470,8 @@ class VisionTransformer(nn.Module):
 
     def forward_heads(self, images):
         """A distilled model's logits of both heads, two (b, num_classes); DeiT's and timm's answer is their mean."""
+        if not self.distilled or self.global_pool != "token":
+            raise ValueError("forward_heads is for a distilled model with global_pool='token'")
         x = self.norm(self.forward_tokens(images).x[:, :2])
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 
@@ -502,12 +505,12 @@ def create_model(name, **kwargs):
 
 
 def is_adapter(name):
-    """Whether a parameter of that name belongs to LoRA, to a reducer or to the class head: what adaptation trains."""
-    return "lora_" in name or ".reducer." in name or name.startswith("head.")
+    """Whether a parameter of that name belongs to LoRA, to a reducer or to the class head (MAE's with its own new norm): what adaptation trains."""
+    return "lora_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
 
 
 def freeze(model):
-    """Freezes the backbone: of all parameters only LoRA's, the reducers' and the class head's go on training."""
+    """Freezes the backbone: of all parameters only those of `is_adapter` go on training."""
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name))
 
@@ -611,6 +614,11 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
 # Checkpoints
 
 
+def reason(error):
+    """What an exception says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_pretrained(model, source):
     """Loads a backbone's weights, strictly. Returns the model.
 
@@ -658,7 +666,7 @@ def read_checkpoint(source):
         try:
             path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
-            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {reason(error)}") from error
         suffix = ".safetensors"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
@@ -675,7 +683,7 @@ def read_checkpoint(source):
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or pickled code
-        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {reason(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
@@ -721,8 +729,9 @@ def from_google(arrays):
 
 def resize_pos_embed(pos_embed, model):
     """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
-    grid, new_grid = math.isqrt(pos_embed.shape[1] - model.specials), math.isqrt(model.num_patches)
-    if pos_embed.ndim != 3 or pos_embed.shape[1] - model.specials != grid**2:
+    n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
+    grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
+    if n < 1 or n != grid**2:
         raise ValueError(f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
     specials, patches = pos_embed[:, :model.specials], pos_embed[:, model.specials:]
     patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=grid)
@@ -747,6 +756,7 @@ def describe(model):
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
+        prop_attn=[block.prop_attn for block in model.blocks],
         backbone=frozen.hexdigest(),
     )
     return {k: json.dumps(v) for k, v in fields.items()}
@@ -782,7 +792,7 @@ def load_adapter(model, path):
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a safetensors file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} can't be read as a safetensors file: {reason(error)}") from error
     if metadata.get("format") != "pyra-adapter":
         raise ValueError(f"{path} is no adapter: save_adapter did not write it")
     for key, value in describe(model).items():
@@ -791,9 +801,12 @@ def load_adapter(model, path):
                 raise ValueError(f"{path} was trained on another backbone: the frozen weights differ")
             raise ValueError(f"{path} doesn't fit the model: its {key} is {metadata.get(key)}, the model's {value}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    differing = sorted(trained.keys() ^ tensors.keys())
-    if differing:
-        raise ValueError(f"{path} doesn't fit the model: only one of the two has {', '.join(differing)}")
+    unpaired = sorted(trained.keys() ^ tensors.keys())
+    if unpaired:
+        raise ValueError(f"{path} doesn't fit the model: only one of the two has {', '.join(unpaired)}")
+    misshapen = [name for name, p in trained.items() if p.shape != tensors[name].shape]
+    if misshapen:
+        raise ValueError(f"{path} doesn't fit the model: the shapes differ of {', '.join(misshapen)}")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(tensors[name])

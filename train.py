@@ -102,6 +102,8 @@ class Config:
         for name in ("lr", "modulation_lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be at least 0 and less than 2^31, not {self.seed}")
         for name in ("drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
@@ -192,7 +194,7 @@ def build_model(config, num_classes):
 
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
-    config = Config(**result.config)
+    config = Config(**{**result.config, "device": None})  # the run's device need not be here
     return pyra.load_adapter(build_model(config, result.num_classes), Path(result.folder) / "adapter.safetensors").eval()
 
 
@@ -323,7 +325,8 @@ def run(config, runs=None, progress=True):
             dist.all_reduce(sums)
         mean_loss = sums[0].item() / steps / world  # .item() waits for the device
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}; {state_file} holds the epoch before")
+            before = f"; {state_file} holds the epoch before" if history else ""
+            raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}{before}")
         entry = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=mean_loss, train_accuracy=sums[1].item() / steps / batch,
                      seconds=time.perf_counter() - start)
         last = epoch + 1 == config.epochs
@@ -422,22 +425,27 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
 # The command line
 
 
+def read_value(text, kinds):
+    """A command line's text as a value of a field's type; text that is none stays text, for Config to refuse."""
+    for read in (int, float, json.loads, {"True": True, "False": False, "None": None}.__getitem__):
+        try:
+            value = read(text)
+        except (ValueError, KeyError):
+            continue
+        if isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool):
+            return value
+    return text
+
+
 def parse(argv):
-    """Command line -> Config. A value is read as the field's type says; a list as JSON, [16,16,...]."""
+    """Command line -> Config; a list is written as JSON, [16,16,...]."""
     parser = argparse.ArgumentParser(description="One run of PYRA; `train.py benchmark --help` for speed.", allow_abbrev=False)
-    for f in dataclasses.fields(Config):
+    fields = dataclasses.fields(Config)
+    for f in fields:
         shown = "the paper's for the backbone, or the device's" if f.default is None else f.default
         parser.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']} (default: {shown})")
-    values = {}
-    for name, text in vars(parser.parse_args(argv)).items():
-        if text is not None:
-            kinds = {f.name: f.type for f in dataclasses.fields(Config)}[name]
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError:
-                value = {"True": True, "False": False, "None": None}.get(text, text)
-            values[name] = value if isinstance(value, kinds) or (type(value) is int and isinstance(0.0, kinds)) else text
-    return Config(**values)
+    given = vars(parser.parse_args(argv))
+    return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
 
 
 def main(argv):
@@ -451,7 +459,7 @@ def main(argv):
         parser.add_argument("--rounds", type=int, default=7)
         args = parser.parse_args(argv[1:])
         print(f"{'dtype':9} {'model':6} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10}")
-        for row in benchmark_table(args.backbone, args.batch_size, args.rate, args.device, args.seconds, args.rounds):
+        for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds):
             print("{dtype:9} {model:6} {images_per_second:9.1f} {low:8.1f} {high:8.1f} {speedup:9.2f} {mac_ratio:10.2f}".format(**row))
         return
     result = run(parse(argv))

@@ -10,7 +10,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 OTHER_PARAMETERS = {
-    "quickstart": [dict(task="digits", rate=2.5, epochs=1, seed=1), dict(task="sprites_count", rate="low", epochs=1, norm="none", weights="none")],
+    "quickstart": [dict(task="digits", rate=2.5, epochs=1, seed=1, norm="none")],
 }
 
 
