@@ -108,6 +108,14 @@ def assert_same_run(result, reference):
         assert getattr(result, name) == getattr(reference, name)
 
 
+def assert_nearly_same(a, b, before):
+    """Two adapters, trained from `before` with other roundings: AdamW makes a whole step even of a gradient that is only rounding, so a
+    few parameters may differ by as much as they moved, but their mean does not."""
+    assert a.keys() == b.keys() == before.keys()
+    for name in before:
+        assert (a[name] - b[name]).abs().mean() <= 0.02 * (b[name] - before[name]).abs().mean(), name
+
+
 class Interrupted(BaseException):
     pass
 
@@ -212,19 +220,6 @@ def test_record_can_move(finished, tmp_path):
     assert moved == dataclasses.replace(result, folder=str(tmp_path / config.id()))
 
 
-def test_loss_and_accuracy_of_the_first_step(task, tmp_path):
-    """With one step on all images and no dropout, the loss is that of the model as built."""
-    config = train.Config(task=task, **{**SMALL, **ONE_STEP})
-    result = train.run(config, tmp_path, progress=False)
-    images, labels = tasks.load_split(task, "train800val200", 56)
-    model = train.build_model(config, 3)
-    with torch.no_grad():
-        logits = torch.cat([model(image[None] / 255 * 2 - 1) for image in images])
-    assert len(images) == 3 * PER_CLASS
-    assert result.history[0]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert result.history[0]["train_accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).double().mean().item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_load_run_gives_the_recorded_accuracy(finished, task, dtype):
     config, result = finished(dtype=dtype)
@@ -323,19 +318,51 @@ def test_same_seed_same_run(task, tmp_path):
 
 
 def test_epochs_differ_in_their_order(task, tmp_path, monkeypatch):
-    """Each epoch meets 16 of the 21 images once, in an order of its own."""
+    """Each epoch meets 16 of the 21 images once, in an order of its own, and in training mode whether or not an evaluation went before."""
+    built, modes, normalize = spy(monkeypatch, train, "build_model"), [], tasks.normalize
+    monkeypatch.setattr(tasks, "normalize", lambda *args: modes.append(built[0][1].training) or normalize(*args))
     calls = spy(monkeypatch, tasks, "normalize")
-    train.run(train.Config(task=task, **{**SMALL, "eval_every": 0, "epochs": 2, "rate": 12.0, "method": "tome"}), tmp_path, progress=False)
+    train.run(train.Config(task=task, **{**SMALL, "eval_every": 1, "epochs": 2, "rate": 12.0, "method": "tome"}), tmp_path, progress=False)
     batches = [args[0] for args, _ in calls]
-    assert [len(b) for b in batches] == [8, 8, 8, 8, 24]  # two epochs, then the test images
+    assert [len(b) for b in batches] == [8, 8, 24, 8, 8, 24]  # two epochs, after each the test images
+    assert modes == [True, True, False] * 2
     images = {image.numpy().tobytes(): i for i, image in enumerate(tasks.load_split(task, "train800val200", 56)[0])}
-    first, second = ([images[image.numpy().tobytes()] for b in batches[i : i + 2] for image in b] for i in (0, 2))
+    first, second = ([images[image.numpy().tobytes()] for b in batches[i : i + 2] for image in b] for i in (0, 3))
     assert len(set(first)) == len(set(second)) == 16
     assert first != second and first != sorted(first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is trained, and at which rate
+
+
+def test_training_equals_a_naive_loop(task, tmp_path, monkeypatch):
+    """AdamW (Loshchilov & Hutter, 2019) written out, over the same batches, without dropout."""
+    config = train.Config(task=task, **{**SMALL, "epochs": 2, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0, "weight_decay": 0.1})
+    calls = spy(monkeypatch, tasks, "normalize")
+    result = train.run(config, tmp_path, progress=False)
+    label_of = {image.numpy().tobytes(): label for image, label in zip(*tasks.load_split(task, "train800val200", 56))}
+
+    model = train.build_model(config, 3)
+    before, trained = trained_part(model), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    mean, square = {name: 0.0 for name in trained}, {name: 0.0 for name in trained}
+    losses, correct = [], []
+    for t, ((batch, _), _) in enumerate(calls[:4], 1):
+        labels = torch.stack([label_of[image.numpy().tobytes()] for image in batch])
+        logits = model(batch / 255 * 2 - 1)
+        loss = -logits.log_softmax(dim=1)[torch.arange(8), labels].mean()
+        losses.append(loss.item())
+        correct.append((logits.argmax(dim=1) == labels).sum().item())
+        for (name, p), g in zip(trained.items(), torch.autograd.grad(loss, list(trained.values()))):
+            lr = (1e-3 if ".reducer." in name else 2e-3) * (0.5 if t <= 2 else 1)  # two steps of warm-up
+            decay = 0.0 if name == "head.bias" else 0.1
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.999 * square[name] + 0.001 * g**2
+            step = mean[name] / (1 - 0.9**t) / ((square[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+            p.data -= lr * decay * p.data + lr * step
+    assert [entry["loss"] for entry in result.history] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
+    assert [entry["train_accuracy"] for entry in result.history] == [sum(correct[:2]) / 16, sum(correct[2:]) / 16]
+    assert_nearly_same(adapter(result), trained_part(model), before)
 
 
 def test_lr_factor():
@@ -649,10 +676,7 @@ def test_two_processes_equal_one(task, tmp_path):
     assert [entry["train_accuracy"] for entry in two.history] == [entry["train_accuracy"] for entry in one.history]
     assert abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
 
-    before, a, b = trained_part(train.build_model(config, 3)), adapter(one), adapter(two)
-    assert a.keys() == b.keys() == before.keys()
-    for name in before:  # AdamW makes a whole step of a gradient that is only rounding: few parameters may differ, and most don't
-        assert (a[name] - b[name]).abs().mean() <= 0.02 * (a[name] - before[name]).abs().mean(), name
+    assert_nearly_same(adapter(two), adapter(one), trained_part(train.build_model(config, 3)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
