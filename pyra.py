@@ -26,6 +26,8 @@ Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
 - LoRA's B starts at zero, so that training starts at the pre-trained model (`init="published"` for the code's init);
 - a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
 - a schedule is an argument, not a list popped during the forward: two forwards agree, and so do compile and checkpointing.
+
+torch and einops are all that it imports, but for safetensors, numpy or huggingface_hub where such a file is read or written.
 """
 
 import hashlib
@@ -531,6 +533,7 @@ def add_lora(model, rank=8, dropout=0.1, init="zero"):
         raise ValueError("the model has LoRA already; merge_lora folds it in")
     for block in model.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout, init)
+    model.lora_merged = False
     freeze(model)
     return model
 
@@ -587,7 +590,7 @@ def add_pyra(model, r, s=1, prop_attn=True):
             raise ValueError(f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most_merges(n, model.specials)} pairs can")
         n -= entry
     for block, entry in zip(model.blocks, entries):
-        block.reducer = PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed.device) if entry else None
+        block.reducer = PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None
         block.prop_attn = prop_attn
     return model
 
@@ -774,9 +777,13 @@ def save_adapter(model, path):
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     if not tensors:
         raise ValueError("the model has no trained parameters to save")
-    partial = f"{path}.partial"
-    save_file(tensors, partial, metadata={"format": "pyra-adapter", **describe(model)})
-    os.replace(partial, path)  # a crash leaves the old file or the new one, never half of one
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        save_file(tensors, partial, metadata={"format": "pyra-adapter", **describe(model)})
+        os.replace(partial, path)  # a crash leaves the old file or the new one, never half of one
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def load_adapter(model, path):

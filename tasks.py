@@ -16,6 +16,7 @@ import difflib
 import functools
 import hashlib
 import os
+import shutil
 import uuid
 import warnings
 import zlib
@@ -334,7 +335,8 @@ def _folder_splits(path):
     train/ and test/ (or val/) are used as they are; without them a seeded 20 % of each class is the test split.
     val200 is val/ where train/, val/ and test/ all exist, and a seeded 20 % of each class of train/ otherwise.
     """
-    given = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    given = {part: path / part for part in ("train", "val", "valid", "validation", "test") if (path / part).is_dir()}
+    given = {"val" if part.startswith("val") else part: folder for part, folder in given.items()}
     if "train" in given and len(given) > 1:
         trees = {part: _class_folders(folder) for part, folder in given.items()}
         for part, tree in trees.items():
@@ -342,6 +344,8 @@ def _folder_splits(path):
             if odd:
                 raise ValueError(f"{given['train']} and {given[part]} must hold the same classes, and differ in {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}.")
         train, test = trees["train"], trees.get("test") or trees["val"]
+    elif "train" in given:
+        raise ValueError(f"{path} has train/ but neither val/ nor test/: add one, or point the task at {path / 'train'}.")
     else:
         trees = {}
         train, test = _hold_out(_class_folders(path), seed=0)
@@ -459,6 +463,9 @@ def load_split(task, split, img_size=224, root=None, cache=None):
     if not cached.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{uuid.uuid4().hex}.partial"  # complete before it has its name: no reader meets half a file
+        needed = len(files) * 3 * img_size**2  # a full disk would kill the process that writes to a mapped file
+        if shutil.disk_usage(folder).free < needed:
+            raise ValueError(f"{folder} has too little space for {needed / 1e9:.1f} GB of decoded images: free some, or set PYRA_CACHE.")
         try:
             images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, img_size, img_size))
             _decode(files, img_size, images, f"{task.path.name}/{split}")

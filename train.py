@@ -7,7 +7,8 @@
 
 A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (a line an epoch), state.pt (to resume from),
 adapter.safetensors and, last, result.json. A finished run is not repeated; an interrupted one goes on at its last epoch,
-bit for bit as if nothing had happened.
+on a CPU bit for bit as if nothing had happened (a GPU adds merged tokens up in no fixed order). The id knows the config,
+not the files behind it nor this code: after changing images, weights or code, delete the folder.
 """
 
 import argparse
@@ -32,11 +33,12 @@ import pyra
 import tasks
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = "data/vit_nano_patch4_56.safetensors"  # beside this file
 
 # What the paper's Tables 2 and 3 say of each backbone, and the weights and normalisation that go with it. The published
 # code feeds ImageNet's mean and std to the in21k ViTs too, though they were trained with 0.5; so does our default.
 BACKBONES = {
-    "vit_nano_patch4_56": dict(weights="data/vit_nano_patch4_56.safetensors", norm="half", lora_rank=8, batch_size=64),
+    "vit_nano_patch4_56": dict(weights=SHIPPED, norm="half", lora_rank=8, batch_size=64),
     "vit_tiny_patch16_224": dict(weights="vit_tiny_patch16_224.augreg_in21k", norm="imagenet", lora_rank=8, batch_size=64),
     "vit_small_patch16_224": dict(weights="vit_small_patch16_224.augreg_in21k", norm="imagenet", lora_rank=4, batch_size=64),
     "vit_base_patch16_224": dict(weights="vit_base_patch16_224.orig_in21k", norm="imagenet", lora_rank=8, batch_size=64),
@@ -113,10 +115,7 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(k for k in known if k)}, not {getattr(self, name)!r}")
         if self.warmup is not None and self.warmup >= self.epochs:
             raise ValueError(f"warmup ({self.warmup}) must be less than epochs ({self.epochs})")
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {self.device!r}")
-        if (self.device or "").startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device} was asked for, and PyTorch finds no CUDA device here")
+        check_device(self.device)
         if not isinstance(self.rate, list):
             pyra.merge_schedule(self.rate)
 
@@ -127,12 +126,22 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
+            data_root=os.environ.get("PYRA_DATA"),
         )
-        return dataclasses.replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+        values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
+        if self.task.startswith("folder:"):
+            values["task"] = f"folder:{Path(self.task.removeprefix('folder:')).expanduser().resolve()}"
+        if self.weights and self.weights != SHIPPED and Path(self.weights).is_file():
+            values["weights"] = str(Path(self.weights).resolve())
+        if self.data_root:
+            values["data_root"] = str(Path(self.data_root).expanduser().resolve())
+        return dataclasses.replace(self, **values)
 
     def id(self):
         """A name for the run: what it is, and a hash of everything that it depends on."""
         fields = dataclasses.asdict(self.resolved())
+        fields["device"] = fields["device"].split(":")[0]  # which of several GPUs doesn't matter
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
         task = re.sub(r"\W+", "_", fields["task"]).strip("_")[-40:]
         return f"{task}-{fields['backbone']}-{fields['method']}-seed{fields['seed']}-{digest}"
@@ -149,6 +158,7 @@ class Result:
     best_epoch: int
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
+    classes: list  # names by label; empty where nobody wrote them down
     macs: int  # of one image, LoRA folded in
     token_counts: list  # tokens before the first block and after each
     trained: dict  # trained parameters: lora, modulation, head
@@ -156,6 +166,17 @@ class Result:
     seconds_per_epoch: float  # median, training only
     peak_memory: int | None  # bytes on a CUDA device
     versions: dict
+
+
+def check_device(device):
+    """Raises ValueError unless device is None or one that is here."""
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {device!r}")
+    if (device or "").startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device} was asked for, and PyTorch finds no CUDA device here")
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {device} was asked for, and PyTorch finds {torch.cuda.device_count()} CUDA devices here")
 
 
 def has_fast_bfloat16(device):
@@ -180,11 +201,13 @@ def build_model(config, num_classes):
     torch.manual_seed(config.seed)
     model = create_backbone(config, num_classes)
     if config.weights != "none":
-        shipped = HERE / config.weights
-        pyra.load_pretrained(model, shipped if config.weights.startswith("data/") and shipped.is_file() else config.weights)
+        pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
     pyra.add_lora(model, config.lora_rank, config.dropout)
     if config.method != "plain":
-        r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, len(model.blocks))
+        r = config.rate
+        if not isinstance(r, list):
+            r = pyra.merge_schedule(r, len(model.blocks), model.num_patches)
+            r[-1] = min(r[-1], (model.num_patches - sum(r[:-1])) // 2)  # Eq. (1) asks too much of the last block; so does the paper's constant 16
         if config.method == "tome":
             pyra.add_tome(model, r)
         else:
@@ -244,8 +267,8 @@ def run(config, runs=None, progress=True):
     """Trains and evaluates one config, or finds the record of it. Returns its Result.
 
     runs: folder of all runs; the environment variable PYRA_RUNS, or runs/ beside this file. Under torchrun every process
-    takes its share of each batch; the first writes. Raises ValueError or FileNotFoundError for a config that can't run,
-    before any work; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
+    takes its share of each batch; the first writes, and all must see the folder. Raises ValueError or FileNotFoundError for
+    a config that can't run, before any training; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
     """
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -292,6 +315,8 @@ def run(config, runs=None, progress=True):
         torch.cuda.reset_peak_memory_stats(device)
 
     batch = min(config.batch_size, len(labels) // world * world)
+    if batch == 0:
+        raise ValueError(f"{config.train_split} has {len(labels)} images, fewer than the {world} processes")
     share = slice(rank * batch // world, (rank + 1) * batch // world)
     bar = tqdm(range(config.epochs), desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
     for epoch in range(len(history), config.epochs):
@@ -344,7 +369,7 @@ def run(config, runs=None, progress=True):
     evaluated = [entry for entry in history if "accuracy" in entry]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     result = Result(
-        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, history=history,
+        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
         macs=pyra.count_macs(model), token_counts=pyra.token_counts(model), trained=count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name)),
@@ -370,7 +395,10 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
 
     models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first. Each round times every model for
     seconds / rounds or at least one batch, so that a machine's drift meets them all: quote ratios of one call's medians.
+    The models are moved to device and dtype and stay there. Raises ValueError.
     """
+    if batch_size < 1 or rounds < 1:
+        raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, images = DTYPES[dtype], {}
     for name, model in models.items():
@@ -401,19 +429,20 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
 
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7):
     """Rows of plain, ToMe and PYRA on random weights, and of timm's model where timm is installed, in fp32 and bf16."""
-    depth = len(pyra.create_model(backbone).blocks)
+    try:
+        import timm
+    except ImportError:
+        timm = None
+    with torch.device("meta"):
+        depth = len(pyra.create_model(backbone).blocks)
     rows = []
     for dtype in DTYPES:
         models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}
         pyra.add_tome(models["tome"], pyra.merge_schedule(rate, depth))
         pyra.add_pyra(models["pyra"], pyra.merge_schedule(rate, depth))
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
-        try:
-            import timm
-
+        if timm and timm.is_model(backbone):
             models["timm"], ratio["timm"] = timm.create_model(backbone), 1.0
-        except Exception as error:  # not installed, or a model of ours that it doesn't have
-            print(f"without timm: {error}")
         speeds = benchmark(models, batch_size, dtype, device, seconds, rounds)
         for name, (median, low, high) in speeds.items():
             rows.append(dict(dtype=dtype, model=name, images_per_second=median, low=low, high=high,
@@ -458,6 +487,7 @@ def main(argv):
         parser.add_argument("--seconds", type=float, default=10.0, help="for each model and dtype")
         parser.add_argument("--rounds", type=int, default=7)
         args = parser.parse_args(argv[1:])
+        check_device(args.device)
         print(f"{'dtype':9} {'model':6} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10}")
         for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds):
             print("{dtype:9} {model:6} {images_per_second:9.1f} {low:8.1f} {high:8.1f} {speedup:9.2f} {mac_ratio:10.2f}".format(**row))
@@ -472,5 +502,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(f"train.py: {pyra.reason(error)}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command goes on at the last epoch")

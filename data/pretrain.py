@@ -269,7 +269,7 @@ def train(rank, args, images, answers):
             if time.time() - saved > 240:
                 saved = time.time()
                 print(accuracy(model, heads, held_images[:500], held, device), flush=True)
-                save(model, args.out, progress=round(progress, 3))
+                save(model, f"{args.out}.unfinished", progress=round(progress, 3))
     if rank == 0:
         minutes, found = (time.time() - start) / 60, accuracy(model, heads, held_images, held, device)
         recipe = f"data/pretrain.py: {seen} drawn scenes of {len(images)}, {step} steps of {args.batch}, lr {args.lr}, {minutes:.1f} minutes with {args.workers} worker(s) on {device}"

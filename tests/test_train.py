@@ -177,7 +177,7 @@ def test_record(finished, method):
     assert result.trained == dict(lora=12 * 8 * (96 + 288), modulation=(sum(HIGH) + 12 * 96) * (method == "pyra"), head=96 * 3 + 3)
     assert sum(t.numel() for t in adapter(result).values()) == sum(result.trained.values())
     assert result.backbone_parameters == sum(p.numel() for p in pyra.create_model("vit_nano_patch4_56", num_classes=0).parameters())
-    assert result.num_classes == 3 and result.peak_memory is None
+    assert result.num_classes == 3 and result.classes == ["blue", "green", "red"] and result.peak_memory is None
     assert result.versions == dict(torch=torch.__version__, python=sys.version.split()[0])
 
     assert [entry["epoch"] for entry in result.history] == [0, 1, 2]
@@ -614,11 +614,12 @@ def test_write_atomically(tmp_path):
 OTHER = dict(
     task="digits", backbone="vit_tiny_patch16_224", weights="none", method="tome", rate="low", s=2, lora_rank=3, epochs=99, warmup=3, batch_size=16,
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
-    eval_every=1, data_root="elsewhere", device="cuda:1", dtype="float32", compile=True,
+    eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True,
 )  # a value for each field that isn't its default
 
 
-def test_resolved_fills_in_the_backbones_defaults():
+def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
+    monkeypatch.delenv("PYRA_DATA")
     for name, known in train.BACKBONES.items():
         resolved = train.Config(backbone=name, method="plain", epochs=50, device="cpu").resolved()
         assert {k: getattr(resolved, k) for k in ("weights", "norm", "lora_rank", "batch_size")} == known
@@ -634,6 +635,8 @@ def test_resolved_fills_in_the_backbones_defaults():
 
 def test_ids(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # nothing is put on a device here
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: True)
     base = train.Config(method="plain", device="cpu")
     assert base.id() == train.Config(method="plain", device="cpu").id() == base.resolved().id()
@@ -645,14 +648,39 @@ def test_ids(monkeypatch):
     ids = [base.id(), dataclasses.replace(base, rate=[1] * 12).id()] + [dataclasses.replace(base, **{k: v}).id() for k, v in OTHER.items()]
     assert len(set(ids)) == len(OTHER) + 2
     assert re.fullmatch(r"sprites_location-vit_nano_patch4_56-plain-seed0-[0-9a-f]{10}", base.id())
+    assert len({dataclasses.replace(base, device=device).id() for device in ("cuda", "cuda:0", "cuda:1")}) == 1  # the same run on the next GPU
     assert re.fullmatch(r"[\w.-]+", dataclasses.replace(base, task="folder:/a b/ä/../c").id())
     with pytest.raises(dataclasses.FrozenInstanceError):
         base.seed = 1
 
 
+@pytest.mark.parametrize("fields", [dict(), dict(task="folder:images"), dict(weights="weights.safetensors"), dict(data_root="vtab")], ids=str)
+def test_paths_mean_the_same_everywhere(tmp_path, monkeypatch, fields):
+    """A relative path is one from the folder that the config was resolved in, and the id is the same before and after."""
+    for name in ("images", "vtab", "data", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for name in ("weights.safetensors", "data/vit_nano_patch4_56.safetensors"):  # the latter is not the one that we ship
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PYRA_DATA", "vtab")
+    monkeypatch.chdir(tmp_path)
+    config = train.Config(**fields, device="cpu")
+    resolved = config.resolved()
+    absolute = {k: v.replace(v.split(":")[-1], str(tmp_path / v.split(":")[-1])) for k, v in fields.items()}
+    assert config.id() == resolved.id() == train.Config(**absolute, device="cpu").id()
+    assert resolved.resolved() == resolved
+    if not fields:
+        assert resolved.weights == train.BACKBONES["vit_nano_patch4_56"]["weights"]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resolved.resolved() == resolved
+
+
 def test_ratio_may_be_a_whole_number():
+    """And its constant schedule asks for 16 pairs of the last block's 20 patches, which only has 10."""
     assert train.Config(rate=2, device="cpu").id() == train.Config(rate=2.0, device="cpu").id()
     assert train.parse(["--rate", "2"]).rate == 2
+    for method in ("tome", "pyra"):
+        model = train.build_model(train.Config(rate=2, method=method, weights="none", device="cpu"), 3)
+        assert [block.reducer.r for block in model.blocks] == [16] * 11 + [10]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -719,6 +747,19 @@ def test_main_leaves_with_a_sentence(task, tmp_path, monkeypatch, argv, sentence
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
     assert left.value.code.startswith("train.py: ") and sentence in left.value.code and "\n" not in left.value.code
     assert not list(tmp_path.rglob("result.json"))
+
+
+def test_main_interrupted(task, tmp_path, monkeypatch):
+    import runpy
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
+    monkeypatch.setattr(tasks, "normalize", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", "--weights=none", "--device=cpu", "--dtype=float32"])
+    with pytest.raises(SystemExit, match="^train.py: interrupted; the same command goes on at the last epoch$"):
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
 
 
 def test_help_names_every_field(capsys):
