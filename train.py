@@ -126,7 +126,6 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
-            data_root=os.environ.get("PYRA_DATA"),
         )
         values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
@@ -134,8 +133,9 @@ class Config:
             values["task"] = f"folder:{Path(self.task.removeprefix('folder:')).expanduser().resolve()}"
         if self.weights and self.weights != SHIPPED and Path(self.weights).is_file():
             values["weights"] = str(Path(self.weights).resolve())
-        if self.data_root:
-            values["data_root"] = str(Path(self.data_root).expanduser().resolve())
+        root = self.data_root or os.environ.get("PYRA_DATA")
+        if root:
+            values["data_root"] = str(Path(root).expanduser().resolve())
         return dataclasses.replace(self, **values)
 
     def id(self):
@@ -272,7 +272,7 @@ def run(config, runs=None, progress=True):
     """
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(runs or os.environ.get("PYRA_RUNS") or HERE / "runs") / config.id()
+    folder = Path(runs or os.environ.get("PYRA_RUNS") or HERE / "runs").expanduser().resolve() / config.id()
     if (folder / "result.json").is_file():
         return Result(**{**json.loads((folder / "result.json").read_text()), "folder": str(folder)})
     task = tasks.find_task(config.task, config.data_root)
@@ -289,6 +289,9 @@ def run(config, runs=None, progress=True):
     model = build_model(config, task.num_classes).to(device)
     images, labels = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
     test_images, test_labels = tasks.load_split(config.task, config.eval_split, model.img_size, config.data_root)
+    batch = min(config.batch_size, len(labels) // world * world)
+    if batch == 0:
+        raise ValueError(f"{config.train_split} has {len(labels)} images, fewer than the {world} processes")
     images, labels = images.to(device), labels.to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if dtype == torch.bfloat16:  # what is frozen needs no float32 copy; what is trained keeps one
@@ -314,9 +317,6 @@ def run(config, runs=None, progress=True):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    batch = min(config.batch_size, len(labels) // world * world)
-    if batch == 0:
-        raise ValueError(f"{config.train_split} has {len(labels)} images, fewer than the {world} processes")
     share = slice(rank * batch // world, (rank + 1) * batch // world)
     bar = tqdm(range(config.epochs), desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
     for epoch in range(len(history), config.epochs):
