@@ -27,14 +27,16 @@ Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
 - a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
 - a schedule is an argument, not a list popped during the forward: two forwards agree, and so do compile and checkpointing.
 
-torch and einops are all that it imports, but for safetensors, numpy or huggingface_hub where such a file is read or written.
+torch and einops are all that it imports, but for safetensors, numpy, huggingface_hub or onnxscript where such a file is read or written.
 """
 
+import copy
 import hashlib
 import json
 import math
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -55,6 +57,12 @@ PAPER_SCHEDULES = {
 }
 
 
+def check_flops_ratio(flops_ratio):
+    """F/f, how many times fewer operations, must be a finite number above 1. Raises ValueError."""
+    if isinstance(flops_ratio, bool) or not isinstance(flops_ratio, (int, float)) or not 1 < flops_ratio < math.inf:
+        raise ValueError(f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+
+
 def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
 
@@ -67,8 +75,7 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     if remaining >= tokens:
         raise ValueError(f"remaining ({remaining}) must be less than tokens ({tokens})")
-    if isinstance(flops_ratio, bool) or not isinstance(flops_ratio, (int, float)) or not 1 < flops_ratio < math.inf:
-        raise ValueError(f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+    check_flops_ratio(flops_ratio)
 
     def g(x):
         return (1 - x / depth) ** (flops_ratio - 1)
@@ -92,6 +99,49 @@ def merge_schedule(rate, depth=12, tokens=196):
             raise ValueError(f"the paper's {rate!r} schedule is for 196 patches, not {tokens!r}; pass a number for Eq. (1)")
         return list(PAPER_SCHEDULES[rate, depth])
     return solve_schedule(depth, tokens, flops_ratio=rate)
+
+
+def solve_macs(model, flops_ratio, remaining=4):
+    """The schedule of Eq. (1)'s family whose MACs, by `count_macs`, are a flops_ratio-th of the unmerged model's.
+
+    Eq. (1) misses its target, for its exponent F/f - 1 is an approximation, and its floors lose up to a pair a block. Here the
+    exponent is solved for, and what rounding leaves in one block goes to the next; then single pairs are moved while that
+    helps. A block merges at most half of its tokens, and `remaining` patches or more are left. Returns a list with one int a
+    block. Raises ValueError where no such schedule does so few operations.
+    """
+    check_flops_ratio(flops_ratio)
+    if isinstance(remaining, bool) or not isinstance(remaining, int) or not 1 <= remaining < model.num_patches:
+        raise ValueError(f"remaining must be an integer from 1 to {model.num_patches - 1}, not {remaining!r}")
+    depth, start = len(model.blocks), model.num_patches + model.specials
+    counts = lambda r: [start - sum(r[:l]) for l in range(depth + 1)]
+    plain = macs_of_counts(model, [start] * (depth + 1))
+
+    def curve(exponent):
+        r, n = [], start
+        for l in range(1, depth + 1):
+            due = (model.num_patches - remaining) * (1 - (1 - l / depth) ** exponent) - sum(r)
+            r.append(max(0, min(round(due), most_merges(n, model.specials))))
+            n -= r[-1]
+        return r
+
+    def miss(r):
+        return abs(plain / macs_of_counts(model, counts(r)) / flops_ratio - 1)
+
+    most = plain / macs_of_counts(model, counts(curve(1e3)))
+    if flops_ratio > most:
+        raise ValueError(f"no schedule does {flops_ratio:g} times fewer operations and leaves {remaining} patches: {most:.2f} times is the most")
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if plain / macs_of_counts(model, counts(curve(middle))) < flops_ratio else (low, middle)
+    best = min(curve(low), curve(high), key=miss)
+    while True:
+        moves = [best[:l] + [best[l] + step] + best[l + 1:] for l in range(depth) for step in (-1, 1)]
+        moves = [r for r in moves if sum(r) <= model.num_patches - remaining and all(0 <= m <= most_merges(n, model.specials) for m, n in zip(r, counts(r)))]
+        move = min(moves, key=miss, default=best)
+        if miss(move) >= miss(best):
+            return best
+        best = move
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,6 +176,14 @@ def drop_mask(x, rate):
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
 
+def updated(linear, update):
+    """The plain, frozen nn.Linear whose weight is the linear map's plus the update (out, in), float32, added before rounding."""
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter((linear.weight.float() + update).to(linear.weight.dtype), requires_grad=False)
+    plain.bias = linear.bias
+    return plain
+
+
 class LoRALinear(nn.Linear):
     """A frozen linear map plus a low-rank update: y = W x + b + B A dropout(x), scale 1.
 
@@ -157,11 +215,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self):
         """The plain nn.Linear with W + B A for its weight."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        update = self.lora_b.float() @ self.lora_a.float()
-        linear.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
+        return updated(self, self.lora_b.float() @ self.lora_a.float())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,14 +437,21 @@ class Block(nn.Module):
         self.reducer = None
         self.prop_attn = True  # proportional attention: weigh each key by its size
 
-    def forward(self, tokens):
+    def attend(self, tokens):
+        """The block's first half: the Tokens after attention, and the q, k, v that a reducer reads."""
         qkv = self.attn.project(self.norm1(tokens.x))
         x = tokens.x + self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
-        tokens = tokens._replace(x=x)
+        return tokens._replace(x=x), qkv
+
+    def transform(self, tokens):
+        """The block's second half: the Tokens after the MLP."""
+        return tokens._replace(x=tokens.x + self.drop_path(self.mlp(self.norm2(tokens.x))))
+
+    def forward(self, tokens):
+        tokens, qkv = self.attend(tokens)
         if self.reducer is not None:
             tokens = self.reducer(tokens, qkv)
-        x = tokens.x + self.drop_path(self.mlp(self.norm2(tokens.x)))
-        return tokens._replace(x=x)
+        return self.transform(tokens)
 
 
 class VisionTransformer(nn.Module):
@@ -422,6 +483,8 @@ class VisionTransformer(nn.Module):
         self.distilled, self.global_pool = distilled, global_pool
         self.num_patches = (img_size // patch_size) ** 2
         self.specials = 2 if distilled else 1
+        self.peft = None  # a PEFT other than LoRA: its name and sizes, for `describe`
+        self.merged = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -507,8 +570,8 @@ def create_model(name, **kwargs):
 
 
 def is_adapter(name):
-    """Whether a parameter of that name belongs to LoRA, to a reducer or to the class head (MAE's with its own new norm): what adaptation trains."""
-    return "lora_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
+    """Whether adaptation trains a parameter of that name: a PEFT's, a reducer's or the class head's (MAE's with its own new norm)."""
+    return "lora_" in name or "peft_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
 
 
 def freeze(model):
@@ -517,23 +580,31 @@ def freeze(model):
         p.requires_grad_(is_adapter(name))
 
 
+def check_peft(model, dropout=0.0, **sizes):
+    """What every PEFT asks before any work: positive integers, a rate of dropout, no PEFT yet, for a model takes one. Raises ValueError."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
+    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks):
+        raise ValueError("the model has LoRA already; merge_lora folds it in")
+    if model.peft:
+        raise ValueError(f"the model has {model.peft['name']} already, and takes one PEFT")
+
+
 def add_lora(model, rank=8, dropout=0.1, init="zero"):
     """Adds LoRA to every block's attn.qkv and freezes the backbone (see `freeze`). Returns the model.
 
     rank: h in the paper. dropout: on LoRA's input, in training. init: "zero" (B = 0), or "published" (A and B truncated
     normal, 0.02, as the published code has it in effect). Raises ValueError.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, not {rank!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
+    check_peft(model, dropout, rank=rank)
     if init not in ("zero", "published"):
         raise ValueError(f"init must be 'zero' or 'published', not {init!r}")
-    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks):
-        raise ValueError("the model has LoRA already; merge_lora folds it in")
     for block in model.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout, init)
-    model.lora_merged = False
+    model.merged = None
     freeze(model)
     return model
 
@@ -543,7 +614,7 @@ def merge_lora(model):
     for block in model.blocks:
         if isinstance(block.attn.qkv, LoRALinear):
             block.attn.qkv = block.attn.qkv.merged()
-            model.lora_merged = True  # save_adapter has nothing left to save then
+            model.merged = "LoRA"
     return model
 
 
@@ -595,22 +666,34 @@ def add_pyra(model, r, s=1, prop_attn=True):
     return model
 
 
-def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
+def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_decay=None):
     """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
 
     Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr.
+    layer_decay: for full fine-tuning (BEiT, MAE), the learning rate's factor from each block to the one below; a group a layer then.
     """
-    groups = {
-        "decay": dict(lr=lr, weight_decay=weight_decay, params=[]),
-        "no_decay": dict(lr=lr, weight_decay=0.0, params=[]),
-        "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay, params=[]),
+    kinds = {
+        "decay": dict(lr=lr, weight_decay=weight_decay),
+        "no_decay": dict(lr=lr, weight_decay=0.0),
+        "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay),
     }
+    groups = {kind: {} for kind in kinds}
     for name, p in model.named_parameters():
         if p.requires_grad:
             plain = p.ndim == 1 or name in ("pos_embed", "cls_token", "dist_token")
-            key = "modulation" if name.endswith(("reducer.w_r", "reducer.w_d")) else "no_decay" if plain else "decay"
-            groups[key]["params"].append(p)
-    return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
+            kind = "modulation" if name.endswith(("reducer.w_r", "reducer.w_d")) else "no_decay" if plain else "decay"
+            above = layers_above(name, len(model.blocks)) if layer_decay is not None else 0
+            groups[kind].setdefault(above, []).append(p)
+    return [dict(kinds[kind], name=kind, params=params, lr=kinds[kind]["lr"] * (layer_decay or 1) ** above)
+            for kind, layers in groups.items() for above, params in layers.items()]
+
+
+def layers_above(name, depth):
+    """How many layers lie between the parameter of that name and the logits: the embedding's depth + 1, a head's 0."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return depth - int(block[1])
+    return depth + 1 if name.startswith(("patch_embed.", "pos_embed", "cls_token", "dist_token")) else 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -620,6 +703,16 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
 def reason(error):
     """What an exception says, in a line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_atomically(path, write):
+    """write(partial path), then the partial file gets its name: whenever we are killed, `path` is whole, or as it was."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_pretrained(model, source):
@@ -639,7 +732,7 @@ def load_pretrained(model, source):
     if model.global_pool == "avg":
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
 
-    own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and ".reducer." not in k}
+    own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
     for head in ("head", "head_dist")[: model.specials]:
         if f"{head}.weight" in weights and len(weights[f"{head}.weight"]) != model.num_classes:
             weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
@@ -743,7 +836,7 @@ def resize_pos_embed(pos_embed, model):
 
 
 def describe(model):
-    """What an adapter must fit, as {str: str}: geometry, classes, LoRA rank, reducers, and a hash of the frozen weights."""
+    """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
     qkv = model.blocks[0].attn.qkv
     reducers = [block.reducer for block in model.blocks]
     frozen = hashlib.sha256()
@@ -756,6 +849,7 @@ def describe(model):
         img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
         lora_rank=qkv.lora_a.shape[0] if isinstance(qkv, LoRALinear) else 0,
+        peft=model.peft,
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
@@ -768,26 +862,21 @@ def describe(model):
 def save_adapter(model, path):
     """Writes what was trained, and only that, as safetensors, with what it fits in the metadata (see `describe`).
 
-    Raises ValueError where LoRA was folded in already or nothing was trained.
+    Raises ValueError where the PEFT was folded in already or nothing was trained.
     """
     from safetensors.torch import save_file
 
-    if getattr(model, "lora_merged", False):
-        raise ValueError("LoRA was folded into the backbone: save the adapter before merge_lora")
+    if model.merged:
+        raise ValueError(f"{model.merged} was folded into the backbone: save the adapter before merge_{model.merged.lower()}")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     if not tensors:
         raise ValueError("the model has no trained parameters to save")
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        save_file(tensors, partial, metadata={"format": "pyra-adapter", **describe(model)})
-        os.replace(partial, path)  # a crash leaves the old file or the new one, never half of one
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    metadata = {"format": "pyra-adapter", **describe(model)}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def load_adapter(model, path):
-    """Loads what save_adapter wrote into a model with the same backbone, LoRA, reducers and classes. Returns the model.
+    """Loads what save_adapter wrote into a model with the same backbone, PEFT, reducers and classes. Returns the model.
 
     Raises FileNotFoundError, or ValueError naming what differs; the model is left as it was then.
     """
@@ -803,7 +892,7 @@ def load_adapter(model, path):
     if metadata.get("format") != "pyra-adapter":
         raise ValueError(f"{path} is no adapter: save_adapter did not write it")
     for key, value in describe(model).items():
-        if metadata.get(key) != value:
+        if metadata.get(key, "null") != value:  # what an older file does not name, it did not have
             if key == "backbone":
                 raise ValueError(f"{path} was trained on another backbone: the frozen weights differ")
             raise ValueError(f"{path} doesn't fit the model: its {key} is {metadata.get(key)}, the model's {value}")
@@ -820,6 +909,56 @@ def load_adapter(model, path):
     return model
 
 
+class FromPixels(nn.Module):
+    """uint8 images (b, 3, h, w) -> normalised, float32. mean, std: three numbers each, of pixels scaled to [0, 1]."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+
+    def forward(self, images):
+        return (images.float() / 255 - self.mean) / self.std
+
+
+@torch.no_grad()
+def export_onnx(model, path, mean, std):
+    """Writes the model for serving without PyTorch: one ONNX file, with normalisation, merging and modulation inside, LoRA folded in.
+
+    Input "images": uint8 (b, 3, img_size, img_size), RGB, any b. Output "logits": float32 (b, num_classes).
+    mean, std: three numbers each, of pixels scaled to [0, 1], as in training; no default suits every backbone.
+    The model stays as it is. Raises ImportError without onnxscript, ValueError.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):
+            raise ValueError(f"{name} must be three numbers from 0 to 1, of pixels scaled to [0, 1], not {values!r}")
+    if 0 in std:
+        raise ValueError(f"std must be greater than 0, not {std!r}")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"there is no folder for {str(path)!r}")
+    try:
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise ImportError("export_onnx needs onnxscript: pip install onnxscript") from error
+
+    def stable_sort(x, stable, dim=-1, descending=False):  # the exporter has none, but ONNX's TopK is stable
+        return op.TopK(x, op.Gather(op.Shape(x), [dim]), axis=dim, largest=descending)
+
+    def index_add(x, dim, index, y):  # the exporter's own, ScatterND, now and then loses a sum in onnxruntime with more than one thread
+        assert dim == 0 and len(y.shape) == 2  # add_at's
+        return op.ScatterElements(x, op.Expand(op.Unsqueeze(index, 1), op.Shape(y)), y, axis=0, reduction="add")
+
+    pipeline = nn.Sequential(FromPixels(mean, std), merge_lora(copy.deepcopy(model).float().cpu())).eval()
+    images = torch.zeros(2, 3, model.img_size, model.img_size, dtype=torch.uint8)  # two: an axis of one would be taken for fixed
+    program = torch.onnx.export(
+        pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces, with this machine's paths
+    write_atomically(path, lambda partial: program.save(str(partial)))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cost
 
@@ -832,14 +971,20 @@ def token_counts(model):
     return counts
 
 
+def macs_of_counts(model, counts):
+    """Multiply-accumulates of one image's forward pass with these tokens before the first block and after each; see count_macs."""
+    c = model.embed_dim
+    macs = model.num_patches * c * 3 * model.patch_size**2 + c * model.num_classes
+    for block, n, m in zip(model.blocks, counts, counts[1:]):
+        a = block.attn.proj.in_features
+        macs += 4 * n * c * a + 2 * n**2 * a + 2 * m * c * block.mlp.fc1.out_features
+    return macs
+
+
 def count_macs(model):
     """Multiply-accumulates of one image's forward pass by formula, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
 
-    A block that gets n tokens and keeps m costs 4 n c^2 + 2 n^2 c (attention) + 2 m c hidden (MLP). Norms, softmax,
-    activations, matching and modulation, together well below 1 %, are left out as is usual.
+    A block that gets n tokens and keeps m costs 4 n c a + 2 n^2 a (attention, a wide: c, less where heads are pruned)
+    + 2 m c hidden (MLP). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
     """
-    c, counts = model.embed_dim, token_counts(model)
-    macs = model.num_patches * c * 3 * model.patch_size**2 + c * model.num_classes
-    for block, n, m in zip(model.blocks, counts, counts[1:]):
-        macs += 4 * n * c**2 + 2 * n**2 * c + 2 * m * c * block.mlp.fc1.out_features
-    return macs
+    return macs_of_counts(model, token_counts(model))

@@ -5,7 +5,6 @@ import functools
 import math
 import pathlib
 import pickle
-import zlib
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -18,39 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyra
+from small import R, TINY, one_thread, randomise, tiny  # noqa: F401 (one_thread is a fixture)
 
 HERE = pathlib.Path(__file__).parent
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
-TINY = dict(img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2.0, num_classes=5)  # 36 patches
-R = [10, 6, 3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose by a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Helpers
-
-
-def tiny(seed=0, **kwargs):
-    """A small ViT in eval mode, every parameter random, biases and norms too."""
-    return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
-
-
-@torch.no_grad()
-def randomise(model, seed=0):
-    """Random values that depend on a parameter's name and the seed alone, so that equal names hold equal values."""
-    for name, p in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        norm_weight = "norm" in name and name.endswith("weight")
-        p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if norm_weight else 0.2) + float(norm_weight))
-    return model
 
 
 def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
@@ -1464,3 +1438,44 @@ def test_a_refusal_changes_nothing(call):
 def test_sizes_are_keywords_only():
     with pytest.raises(TypeError, match="positional"):
         pyra.VisionTransformer(224)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules by operations
+
+
+@pytest.mark.parametrize("name", ["vit_nano_patch4_56", "vit_base_patch16_224", "vit_large_patch16_224", "deit_base_distilled_patch16_224"])
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 2, 3.46, 4.5])
+def test_solved_schedule_meets_the_operations(name, ratio):
+    with torch.device("meta"):
+        model = pyra.create_model(name, num_classes=100)
+    plain, r = pyra.count_macs(model), pyra.solve_macs(model, ratio)
+    assert len(r) == len(model.blocks) and model.num_patches - sum(r) >= 4
+    pyra.add_pyra(model, r)  # which refuses what tokens can't satisfy
+    assert plain / pyra.count_macs(model) == pytest.approx(ratio, rel=2e-3)
+
+
+def test_solved_schedule_cannot_be_bettered_by_one_pair():
+    model = pyra.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=3)
+    plain, r = pyra.count_macs(model), pyra.solve_macs(model, 1.6, remaining=2)
+
+    def miss(r):
+        return abs(plain / pyra.count_macs(pyra.add_tome(model, r)) / 1.6 - 1)
+    best = miss(r)
+    for block in range(4):
+        for step in (-1, 1):
+            other = r[:block] + [r[block] + step] + r[block + 1:]
+            tokens = [17 - sum(other[:i]) for i in range(5)]
+            if min(other) >= 0 and tokens[-1] >= 3 and all(2 * merged <= n - 1 for merged, n in zip(other, tokens)):
+                assert miss(other) >= best
+
+
+@pytest.mark.parametrize("kwargs, sentence", [
+    (dict(flops_ratio=1), "flops_ratio must be a finite number greater than 1, not 1"), (dict(flops_ratio="2"), "flops_ratio must be"),
+    (dict(flops_ratio=2, remaining=0), "remaining must be an integer from 1 to 195, not 0"), (dict(flops_ratio=40), "no schedule does 40 times fewer operations"),
+])
+def test_solve_macs_refuses(kwargs, sentence):
+    with torch.device("meta"):
+        model = pyra.create_model("vit_base_patch16_224")
+    with pytest.raises(ValueError, match=sentence):
+        pyra.solve_macs(model, **kwargs)
