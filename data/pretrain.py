@@ -214,9 +214,8 @@ def accuracy(model, heads, images, answers, device):
 def save(model, path, **metadata):
     """The backbone as float16, complete before it has its name."""
     state = {name: p.detach().half().contiguous().cpu() for name, p in model.state_dict().items()}
-    partial = Path(f"{path}.partial")
-    save_file(state, partial, {"model": "vit_nano_patch4_56", "norm": "half", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}})
-    partial.replace(path)
+    metadata = {"model": "vit_nano_patch4_56", "norm": "half", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}}
+    pyra.write_atomically(path, lambda partial: save_file(state, partial, metadata))
 
 
 def train(rank, args, images, answers):

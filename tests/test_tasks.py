@@ -1,7 +1,12 @@
 """tasks.py: the drawn tasks against their known factors, files in each real layout, the cache, and each refusal."""
+import io
+import multiprocessing
 import os
-import subprocess
-import sys
+import pickle
+import resource
+import shutil
+import signal
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -12,7 +17,7 @@ import torch
 from PIL import Image
 
 import tasks
-from tasks import DRAWN, ORIENTED, SHAPES, SPLITS, VTAB, coverage, draw_sprites, find_task, load_split, normalize
+from tasks import DRAWN, ORIENTED, SHAPES, SPLITS, VTAB, check, coverage, draw_sprites, find_task, load_split, normalize, stream_split
 
 SHARED = Path(tasks.__file__).resolve().parent.parent / "shared" / "data"
 
@@ -232,14 +237,76 @@ def test_cache_is_used_and_a_changed_file_renews_it(tmp_path, monkeypatch):
     assert len(list(cache.glob("*.npy"))) == 3 and not list(cache.glob("*.partial"))
 
 
-def test_two_processes_at_once(tmp_path):
-    write_task(tmp_path / "birds", counts=(40, 3, 40))
-    code = ("import sys, tasks; print(int(tasks.load_split('birds', 'test', 64, sys.argv[1], sys.argv[1] + '/cache')[0].sum()))")
-    here = Path(tasks.__file__).parent
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=here, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = [process.communicate(timeout=60)[0] for process in both]
-    assert [p.returncode for p in both] == [0, 0] and sums[0] == sums[1] == f"{int(load_split('birds', 'test', 64, tmp_path, tmp_path / 'cache')[0].sum())}\n"
-    assert [f.suffix for f in (tmp_path / "cache").iterdir()] == [".npy"]
+def slow_process(folder, results):
+    """A process of its own that loads the test split of `birds` under folder, 20 ms an image, and reports its pixels' sum and what it decoded."""
+    def load():
+        decoded, read = [], tasks._read_image
+        tasks._read_image = lambda file: (decoded.append(file), time.sleep(0.02), read(file))[-1]
+        images, _ = load_split("birds", "test", 16, folder, folder / "cache")
+        results.put((int(images.sum()), len(decoded)))
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    return process
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_of_several_processes_at_once_one_decodes(tmp_path):
+    write_task(tmp_path / "birds", counts=(3, 3, 40))
+    results = multiprocessing.get_context("fork").Queue()
+    processes = [slow_process(tmp_path, results) for _ in range(4)]
+    sums, decoded = zip(*(results.get(timeout=60) for _ in processes))
+    assert [process.join(60) or process.exitcode for process in processes] == [0] * 4
+    assert sorted(decoded) == [0, 0, 0, 40] and set(sums) == {int(load_split("birds", "test", 16, tmp_path, tmp_path / "cache")[0].sum())}
+    assert sorted(f.suffix for f in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
+
+
+def test_a_killed_process_leaves_its_work_to_the_one_that_waits(tmp_path):
+    write_task(tmp_path / "birds", counts=(3, 3, 40))
+    results = multiprocessing.get_context("fork").Queue()
+    first = slow_process(tmp_path, results)
+    wait_for(lambda: list((tmp_path / "cache").glob("*.partial")))
+    second = slow_process(tmp_path, results)
+    os.kill(first.pid, signal.SIGKILL)
+    assert results.get(timeout=60)[1] == 40
+    assert [process.join(60) or process.exitcode for process in (first, second)] == [-signal.SIGKILL, 0]
+    assert sorted(f.suffix for f in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
+
+
+def test_without_locks_each_decodes_for_itself(tmp_path, monkeypatch):
+    import fcntl
+    write_task(tmp_path / "birds")
+
+    def refuse(file, how):
+        raise OSError("Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert load_split("birds", "test", 4, tmp_path, tmp_path / "cache")[0].shape == (6, 3, 4, 4)
+    assert sorted(f.suffix for f in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
+
+
+def test_the_cache_is_a_npy_file(tmp_path):
+    write_task(tmp_path / "birds")
+    images, _ = load_split("birds", "test", 4, tmp_path, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    assert np.array_equal(np.load(file), images)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1], lambda data: data[:100], lambda data: b"", lambda data: data + b"x", lambda data: bytes(len(data)), lambda data: data.replace(b"(6,", b"(9,"),
+], ids=["cut", "cut in its header", "empty", "too long", "zeros", "another shape"])
+def test_a_damaged_cache_is_built_anew(tmp_path, damage):
+    write_task(tmp_path / "birds")
+    whole, _ = load_split("birds", "test", 4, tmp_path, tmp_path / "cache")
+    whole = whole.clone()
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    data = file.read_bytes()
+    file.write_bytes(damage(data))
+    assert torch.equal(load_split("birds", "test", 4, tmp_path, tmp_path / "cache")[0], whole) and file.read_bytes() == data
 
 
 def test_a_failed_decoding_leaves_nothing(tmp_path):
@@ -251,7 +318,28 @@ def test_a_failed_decoding_leaves_nothing(tmp_path):
     (folder / "images/test/000001.png").write_bytes((folder / "images/test/000001.png").read_bytes()[:150])
     with pytest.raises(ValueError, match=r"000001.png is not an image that can be read"):
         load_split("birds", "test", 4, tmp_path, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert {f.suffix for f in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_too_little_disk_is_refused_before_decoding(tmp_path, monkeypatch):
+    write_task(tmp_path / "birds")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 1, 1))
+    monkeypatch.setattr(tasks, "_decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="cache has too little space for 0.0 GB of decoded images: free some, or set PYRA_CACHE"):
+        load_split("birds", "test", 4, tmp_path, tmp_path / "cache")
+
+
+def test_a_disk_that_fills_while_decoding(tmp_path):
+    write_task(tmp_path / "birds")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # writing further fails, as on a full disk
+    try:
+        with pytest.raises(ValueError, match=r"cache can't take the decoded images \(File too large\): mend that, or set PYRA_CACHE"):
+            load_split("birds", "test", 64, tmp_path, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {f.suffix for f in (tmp_path / "cache").iterdir()} == {".lock"}
+    assert load_split("birds", "test", 64, tmp_path, tmp_path / "cache")[0].shape == (6, 3, 64, 64)
 
 
 # Refusals
@@ -266,6 +354,7 @@ def break_list(text, split="test"):
     (break_list("images/test/000000.png -1\n"), r"test.txt, line 1: expected"),
     (break_list("images/test/000000.png 1.5\n"), r"test.txt, line 1: expected"),
     (break_list("\n"), "test.txt lists no images"),
+    (lambda folder: (folder / "test.txt").write_bytes(b"images/test/\xff.png 1\n"), "test.txt is not text in UTF-8"),
     (lambda folder: (folder / "classes.txt").write_text("a\nb\n"), r"train800.txt, line 3: label 2 is outside 0..1, the 2 classes that classes.txt gives birds"),
 ])
 def test_broken_lists(tmp_path, damage, sentence):
@@ -348,6 +437,256 @@ def test_trees_that_will_not_do(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no images"):
         find_task(f"folder:{tmp_path}")
+
+
+# Streams
+
+def write_stream(root, parts=("train", "val"), names=("cat", "horse")):
+    for part in parts:
+        write_tree(root / part, {name: 2 + (part == "train") for name in names})
+    return f"stream:{root}"
+
+
+def as_array(image):
+    return np.asarray(image).copy()
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_a_stream_reads_its_two_folders(tmp_path, val):
+    name = write_stream(tmp_path, ("train", val))
+    task = find_task(name)
+    assert (task.name, task.num_classes, task.classes, task.group, task.path) == (name, 2, ("cat", "horse"), "Stream", tmp_path)
+    data = {split: stream_split(name, split, as_array) for split in SPLITS}
+    assert [len(data[split]) for split in SPLITS] == [6, 4, 6, 4]
+    assert [label for _, label in data["test"]] == [0, 0, 1, 1] and data["test"].classes == list(task.classes)
+    assert data["train800"][4][0][0, 0].tolist() == [1, 5, 0]  # horse/1.png
+
+
+def test_finding_a_stream_lists_no_images(tmp_path, monkeypatch):
+    name, scandir, listed = write_stream(tmp_path), os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path)) or scandir(path))
+    monkeypatch.setattr(os, "listdir", lambda path: pytest.fail(f"listed {path}"))
+    find_task(name)
+    assert listed == [tmp_path / "train", tmp_path / "val"]
+
+
+def test_a_stream_goes_through_a_loader_of_other_processes(tmp_path):
+    data = pickle.loads(pickle.dumps(stream_split(find_task(write_stream(tmp_path)), "train800val200", as_array)))
+    images, labels = next(iter(torch.utils.data.DataLoader(data, batch_size=6, num_workers=1)))
+    assert images.shape == (6, 7, 9, 3) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_streams_images_are_rgb(tmp_path):
+    name = write_stream(tmp_path)
+    Image.new("L", (4, 4), 200).save(tmp_path / "val/cat/0.png")
+    Image.new("CMYK", (4, 4)).save(tmp_path / "val/cat/1.jpg")
+    assert {image.mode for image, _ in stream_split(name, "test", None)} == {"RGB"}
+
+
+def test_streams_that_will_not_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        find_task(f"stream:{tmp_path}/nowhere")
+    with pytest.raises(FileNotFoundError, match=r"must hold train/ and val/ \(or valid/"):
+        find_task(f"stream:{tmp_path}")
+    name = write_stream(tmp_path)
+    task = find_task(name)
+    with pytest.raises(ValueError, match="stream:.* is too large to hold in memory; train.py streams it"):
+        load_split(name, "test")
+    with pytest.raises(ValueError, match="split 'val' is not one of train800"):
+        stream_split(name, "val", None)
+    with pytest.raises(ValueError, match="digits is not a stream:/path task"):
+        stream_split("digits", "test", None)
+    os.truncate(tmp_path / "val/cat/0.png", 50)
+    with pytest.raises(ValueError, match="val/cat/0.png is not an image that can be read"):
+        stream_split(name, "test", None)[0]
+    write_tree(tmp_path / "val", {"zebra": 1})
+    with pytest.raises(ValueError, match="val holds other classes than it did"):
+        stream_split(task, "test", None)
+    with pytest.raises(ValueError, match="train and .*val must hold the same classes, and differ in zebra"):
+        find_task(name)
+    shutil.rmtree(tmp_path / "val")
+    write_image(tmp_path / "val" / "ILSVRC2012_val_00000001.png")
+    with pytest.raises(ValueError, match="val has no sub-folders: a stream has one folder a class in train/ and in val/"):
+        find_task(name)
+
+
+# Is this VTAB-1k?
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Folders of tiny images that all tasks share: train/ has 1000 different ones, test/ has 73,728 names of a few (a file has at most 65,000)."""
+    pool = tmp_path_factory.mktemp("pool")
+    for i in range(1000):
+        write_image(pool / f"train/{i:06d}.png", (i % 256, i // 256, 0), (2, 2))
+    names = [f"{pool}/test/{i:06d}.png" for i in range(73728)]
+    for i, name in enumerate(names):
+        if i % 30000 == 0:
+            write_image(Path(name), (0, 0, 9), (2, 2))
+        else:
+            os.link(names[i - i % 30000], name)
+    return pool
+
+
+def write_vtab(folder, name, pool):
+    """One of the 19 as Table 1 has it, of the pool's images."""
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        (folder / part).symlink_to(pool / part)
+    _, classes, test = VTAB[name]
+    train, test = ([f"{part}/{i:06d}.png {i % classes}\n" for i in range(n)] for part, n in (("train", 1000), ("test", test)))
+    for split, lines in dict(train800=train[:800], val200=train[800:], train800val200=train, test=test).items():
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def edit_line(file, number, new):
+    """Replace a line of a list; new: the line, or a function of it; None takes it out."""
+    lines = file.read_text().splitlines()
+    lines[number - 1 : number] = [] if new is None else [new(lines[number - 1]) if callable(new) else new]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def test_check_names_twelve_faults_among_nineteen_tasks_and_nothing_else(tmp_path, pool, capsys):
+    root = tmp_path
+    folder = {name: write_vtab(root / {"cifar100": "cifar", "oxford_pet": "oxford_iiit_pet"}.get(name, name), name, pool) for name in VTAB}
+    assert tasks.main(["check", str(root), "--quick"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in out[:19]] == [[name, "ok"] for name in VTAB] and out[19:] == ["19 of 19 tasks ok, 0 missing, 0 with 0 faults (images not decoded)"]
+
+    shutil.rmtree(folder["dmlab"])
+    (folder["dtd"] / "val200.txt").unlink()
+    edit_line(folder["svhn"] / "test.txt", 26032, None)
+    edit_line(folder["eurosat"] / "test.txt", 7, "test/000006.png")
+    edit_line(folder["kitti"] / "test.txt", 4, "test/000003.png 4")
+    (folder["clevr_dist"] / "test.txt").write_text((folder["clevr_dist"] / "test.txt").read_text().replace(" 5\n", " 4\n"))
+    edit_line(folder["smallnorb_azi"] / "train800val200.txt", 10, "train/000009.png 8")
+    edit_line(folder["sun397"] / "test.txt", 2, "test/000000.png 1")
+    edit_line(folder["resisc45"] / "test.txt", 5, "train/000300.png 4")
+    edit_line(folder["caltech101"] / "test.txt", 100, "test/none.png 99")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    noise.save(folder["oxford_flowers102"] / "cut.png")
+    os.truncate(folder["oxford_flowers102"] / "cut.png", 900)
+    edit_line(folder["oxford_flowers102"] / "test.txt", 9, "cut.png 8")
+    (folder["oxford_pet"] / "classes.txt").write_text("cat\ndog\n")
+    noise.save(folder["dsprites_loc"] / "lossy.jpg")  # noted, and no fault
+    edit_line(folder["dsprites_loc"] / "test.txt", 1, "lossy.jpg 0")
+
+    expected = {
+        "dmlab": ("task", "no folder dmlab"),
+        "dtd": ("list", "val200.txt is missing"),
+        "svhn": ("count", "test.txt lists 26,031 images, not 26,032"),
+        "eurosat": ("line", "test.txt, line 7: expected `relative/path label`, found 'test/000006.png'"),
+        "kitti": ("label", "test.txt, line 4: label 4 is outside 0..3"),
+        "clevr_dist": ("class", "test.txt has no image of class 5"),
+        "smallnorb_azi": ("union", "train800val200.txt, line 10: train/000009.png with label 8 is neither in train800.txt nor in val200.txt"),
+        "sun397": ("duplicate", "test.txt, line 2: test/000000.png stands in test.txt, line 1 already"),
+        "resisc45": ("overlap", "train800.txt, line 301: train/000300.png stands in test.txt, line 5 too"),
+        "caltech101": ("missing", "test.txt, line 100: test/none.png does not exist"),
+        "oxford_flowers102": ("unreadable", f"test.txt, line 9: {folder['oxford_flowers102']}/cut.png is not an image that can be read: image file is truncated"),
+        "oxford_pet": ("count", "classes.txt names 2 classes, not 37"),
+        "dsprites_loc": ("note", "1 of 74,728 images are JPEG, which blurs dsprites_loc"),
+    }
+    findings = check(root)
+    assert list(findings) == list(VTAB) and {name: len(found) for name, found in findings.items()} == {name: int(name in expected) for name in VTAB}
+    for name, (kind, text) in expected.items():
+        assert findings[name][0].kind == kind and text in findings[name][0].text
+    out = tasks.report(findings)
+    assert "dmlab                 missing: no folder dmlab\n" in out and "kitti                 1 fault\n    test.txt, line 4" in out and "dsprites_loc          ok\n    note: 1 of" in out
+    assert out.endswith("\n7 of 19 tasks ok, 1 missing, 11 with 11 faults")
+
+
+def export(folder, name, pool, suffix="png"):
+    """The same task as an exporter writes it: each list has images of its own, those of train800val200 once more, under new names and in another order."""
+    write_vtab(folder, name, pool)
+    for split in SPLITS:
+        lines = (folder / f"{split}.txt").read_text().splitlines()
+        lines = lines[::-1] if split == "train800val200" else lines
+        (folder / "images" / split).mkdir(parents=True)
+        for i, line in enumerate(lines):
+            shutil.copy(folder / line.split()[0], folder / f"images/{split}/{i:06d}.{suffix}")
+            lines[i] = f"images/{split}/{i:06d}.{suffix} {line.split()[1]}\n"
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def texts(root, name, **options):
+    return [f"{finding.kind}: {finding.text}" for finding in check(root, [name], **options)[name]]
+
+
+def test_check_knows_an_exporters_images_by_their_bytes(tmp_path, pool):
+    folder = export(tmp_path / "kitti", "kitti", pool)
+    assert texts(tmp_path, "kitti") == texts(tmp_path, "kitti", quick=True) == []
+    write_image(folder / "images/train800val200/000007.png", (1, 2, 3))
+    edit_line(folder / "train800val200.txt", 1000, "images/train800val200/000999.png 3")
+    expected = [
+        "union: train800val200.txt, line 8: images/train800val200/000007.png with label 0 is neither in train800.txt nor in val200.txt",
+        "union: train800val200.txt, line 1000: images/train800val200/000999.png with label 3 is neither in train800.txt nor in val200.txt",
+        "union: val200.txt, line 193: images/val200/000192.png with label 0 is not in train800val200.txt"]
+    assert texts(tmp_path, "kitti") == texts(tmp_path, "kitti", quick=True) == expected
+    shutil.copy(folder / "images/train800/000000.png", folder / "images/test/000005.png")
+    assert texts(tmp_path, "kitti")[3:] == ["note: test.txt has images to train on, byte for byte, under other names: images/test/000005.png"]
+
+
+def test_check_of_images_that_are_no_images(tmp_path, pool):
+    folder = export(tmp_path / "kitti", "kitti", pool)
+    (folder / "images/test/000001.png").write_bytes(b"")
+    (folder / "images/test/000002.png").write_bytes(b"not an image")
+    (folder / "images/test/000003.png").unlink()
+    (folder / "images/test/000003.png").mkdir()
+    found = texts(tmp_path, "kitti")
+    assert [text.split(":")[0] for text in found] == ["missing", "unreadable", "unreadable"]
+    assert "line 4: images/test/000003.png does not exist" in found[0] and "line 2: " in found[1] and "000002.png is not an image" in found[2]
+    assert len(texts(tmp_path, "kitti", quick=True)) == 1  # opens nothing that its name vouches for
+
+
+def test_check_of_validation_images_that_are_trained_on(tmp_path, pool):
+    edit_line(write_vtab(tmp_path / "kitti", "kitti", pool) / "val200.txt", 3, "train/000000.png 0")
+    assert texts(tmp_path, "kitti") == [
+        "overlap: train800.txt, line 1: train/000000.png stands in val200.txt, line 3 too",
+        "union: train800val200.txt, line 803: train/000802.png with label 2 is neither in train800.txt nor in val200.txt"]
+
+
+def test_check_notes_classes_to_train_on_that_have_no_image(tmp_path, pool):
+    folder = write_vtab(tmp_path / "kitti", "kitti", pool)
+    for split in SPLITS[:3]:
+        (folder / f"{split}.txt").write_text((folder / f"{split}.txt").read_text().replace(" 3\n", " 2\n"))
+    assert texts(tmp_path, "kitti") == ["note: train800val200.txt has no image of 1 of the 4 classes: 3"]
+    assert tasks.main(["check", str(tmp_path), "kitti"]) == 0  # notes are no faults
+
+
+def test_check_looks_for_jpeg_where_it_matters(tmp_path, pool):
+    folder = write_vtab(tmp_path / "cifar", "cifar100", pool)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    (folder / "a.png").write_bytes(buffer.getvalue())  # a JPEG, whatever it is called
+    edit_line(folder / "test.txt", 1, "a.png 0")
+    assert texts(tmp_path, "cifar100")[0].startswith("note: 1 of 11,000 images are JPEG, which blurs cifar100")
+    (folder / "a.png").rename(folder / "a.JPG")
+    edit_line(folder / "test.txt", 1, "a.JPG 0")
+    assert [finding.kind for finding in check(tmp_path, ["cifar"], quick=True)["cifar100"]] == ["note"]
+    (write_vtab(tmp_path / "kitti", "kitti", pool) / "a.jpg").write_bytes(buffer.getvalue())
+    edit_line(tmp_path / "kitti" / "test.txt", 1, "a.jpg 0")
+    assert texts(tmp_path, "kitti") == []
+
+
+def test_report_shortens_long_lists(tmp_path, pool, capsys):
+    folder = write_vtab(tmp_path / "kitti", "kitti", pool)
+    (folder / "test").unlink()
+    assert tasks.main(["check", str(tmp_path), "kitti", "--quick"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "kitti                 711 faults" and out[1] == "    test.txt, line 1: test/000000.png does not exist" and len(out) == 8
+    assert out[6:] == ["    ... and 706 more of this kind (missing)", "0 of 1 tasks ok, 0 missing, 1 with 711 faults (images not decoded)"]
+    assert len(check(tmp_path, ["kitti"])["kitti"]) == 711
+
+
+def test_check_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'birds' is not one of VTAB-1k's 19 tasks: cifar100, "):
+        check(tmp_path, ["kitti", "birds"])
+    found = check(tmp_path)
+    assert {finding.kind for task in found.values() for finding in task} == {"task"} and len(found) == 19
+    assert found["cifar100"][0].text == "no folder cifar100 or cifar"
 
 
 # Real files
