@@ -9,10 +9,18 @@ A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (a line
 adapter.safetensors and, last, result.json. A finished run is not repeated; an interrupted one goes on at its last epoch,
 on a CPU bit for bit as if nothing had happened (a GPU adds merged tokens up in no fixed order). The id knows the config,
 not the files behind it nor this code: after changing images, weights or code, delete the folder.
+
+What trains is LoRA, the generators and the head (the paper's recipe), or with --peft full the whole backbone (MAE's).
+What it trains on is held in memory, or, for a task stream:/path/to/imagenet, read from its files by --workers.
 """
 
 import argparse
+import ast
+import contextlib
+import copy
+import csv
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -23,7 +31,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,6 +61,7 @@ BACKBONES = {
     "deit_base_distilled_patch16_224": dict(weights="deit_base_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=8, batch_size=128),
 }
 METHODS = ("plain", "tome", "pyra")
+PEFTS = ("lora", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,16 +80,21 @@ class Config:
     method: str = _option("pyra", "plain (LoRA only), tome or pyra")
     rate: str | float | list = _option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry a block")
     s: int = _option(1, "rank of PYRA's generators")
+    peft: str = _option("lora", "lora; or full: the whole backbone is trained")
     lora_rank: int | None = _option(None, "LoRA's h")
     # how
     epochs: int = _option(100, "epochs")
+    second_epochs: int | None = _option(None, "two stages: LoRA without merging for `epochs`, then with it for so many more, 0 or more; None: one stage")
     warmup: int | None = _option(None, "epochs of linear warm-up; a tenth of the epochs by default")
     batch_size: int | None = _option(None, "images a step, over all devices")
+    micro_batch: int | None = _option(None, "images a device takes at once, gradients add up over a step; all by default")
     lr: float = _option(1e-3, "learning rate of LoRA and head")
+    layer_decay: float = _option(0.65, "with peft full: the learning rate's factor from a block to the one below")
     modulation_lr: float = _option(1e-4, "learning rate of w_r and w_d; Table 4 tunes it per task")
     weight_decay: float = _option(1e-4, "AdamW's weight decay")
     drop_path: float = _option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = _option(0.1, "on LoRA's input")
+    augment: str = _option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)")
     norm: str | None = _option(None, "imagenet, half (0.5) or none")
     seed: int = _option(0, "seed of initialisation, order and dropout")
     # on what
@@ -89,6 +105,7 @@ class Config:
     device: str | None = _option(None, "cpu, cuda, cuda:1 ...")
     dtype: str | None = _option(None, "bfloat16 (the frozen weights too) or float32")
     compile: bool = _option(False, "torch.compile the training step's forward")
+    workers: int = _option(8, "processes a device that read the images of a stream: task")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -98,7 +115,7 @@ class Config:
             elif not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
                 expected = getattr(kinds, "__name__", str(kinds)).replace("NoneType", "None")
                 raise ValueError(f"{f.name} must be of type {expected}, not {value!r}")
-        for name, least in dict(epochs=1, warmup=0, batch_size=1, s=1, lora_rank=1, eval_every=0).items():
+        for name, least in dict(epochs=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, eval_every=0, workers=0).items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "modulation_lr", "weight_decay"):
@@ -109,18 +126,27 @@ class Config:
         for name in ("drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
-        for name, known in dict(backbone=BACKBONES, method=METHODS, norm=(None, *tasks.NORMS), dtype=(None, *DTYPES),
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be greater than 0 and at most 1, not {self.layer_decay}")
+        for name, known in dict(backbone=BACKBONES, method=METHODS, peft=PEFTS, augment=("none", "mae"), norm=(None, *tasks.NORMS), dtype=(None, *DTYPES),
                                 train_split=tasks.SPLITS, eval_split=tasks.SPLITS).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(k for k in known if k)}, not {getattr(self, name)!r}")
         if self.warmup is not None and self.warmup >= self.epochs:
             raise ValueError(f"warmup ({self.warmup}) must be less than epochs ({self.epochs})")
+        if self.second_epochs is not None and (self.method == "plain" or self.peft != "lora"):
+            raise ValueError(f"second_epochs is for LoRA with merging attached afterwards, not for method {self.method} with peft {self.peft}")
+        if self.augment != "none" and not self.task.startswith("stream:"):
+            raise ValueError(f"augment {self.augment} is for stream:/path tasks, whose files are read anew each epoch, not for {self.task}")
         check_device(self.device)
         if not isinstance(self.rate, list):
             pyra.merge_schedule(self.rate)
 
     def resolved(self):
-        """The same config with every None replaced by what it stands for."""
+        """The same config with every None replaced by what it stands for, and what its method has no use for by the default.
+
+        So a plain run is found again whatever the rate, and a ToMe run whatever s and modulation_lr.
+        """
         known = BACKBONES[self.backbone]
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         defaults = dict(
@@ -128,9 +154,14 @@ class Config:
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
         )
         values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        unused = ["rate"] if self.method == "plain" else []
+        unused += ["s", "modulation_lr"] if self.method != "pyra" else []
+        unused += ["lora_rank", "dropout"] if self.peft == "full" else ["layer_decay"]
+        values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
-        if self.task.startswith("folder:"):
-            values["task"] = f"folder:{Path(self.task.removeprefix('folder:')).expanduser().resolve()}"
+        kind, _, path = self.task.partition(":")
+        if kind in ("folder", "stream"):
+            values["task"] = f"{kind}:{Path(path).expanduser().resolve()}"
         if self.weights and self.weights != SHIPPED and Path(self.weights).is_file():
             values["weights"] = str(Path(self.weights).resolve())
         root = self.data_root or os.environ.get("PYRA_DATA")
@@ -139,12 +170,14 @@ class Config:
         return dataclasses.replace(self, **values)
 
     def id(self):
-        """A name for the run: what it is, and a hash of everything that it depends on."""
-        fields = dataclasses.asdict(self.resolved())
+        """A name for the run: what it is, and a hash of everything that it depends on and that isn't the default."""
+        config = self.resolved()
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
         fields["device"] = fields["device"].split(":")[0]  # which of several GPUs doesn't matter
+        fields.pop("workers", None)
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
-        task = re.sub(r"\W+", "_", fields["task"]).strip("_")[-40:]
-        return f"{task}-{fields['backbone']}-{fields['method']}-seed{fields['seed']}-{digest}"
+        task = re.sub(r"\W+", "_", config.task).strip("_")[-40:]
+        return f"{task}-{config.backbone}-{config.method}-seed{config.seed}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -155,15 +188,15 @@ class Result:
     folder: str  # where the run's files are
     accuracy_last: float  # on eval_split after the last epoch, in [0, 1]
     accuracy_best: float  # the best of all evaluations: optimistic where eval_split is the test split
-    best_epoch: int
+    best_epoch: int  # counted from 0; -1: before any training
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
     classes: list  # names by label; empty where nobody wrote them down
     macs: int  # of one image, LoRA folded in
     token_counts: list  # tokens before the first block and after each
-    trained: dict  # trained parameters: lora, modulation, head
+    trained: dict  # trained parameters: peft, reducer, head, backbone
     backbone_parameters: int  # without head
-    seconds_per_epoch: float  # median, training only
+    seconds_per_epoch: float  # median, training only; 0 without any
     peak_memory: int | None  # bytes on a CUDA device
     versions: dict
 
@@ -202,7 +235,10 @@ def build_model(config, num_classes):
     model = create_backbone(config, num_classes)
     if config.weights != "none":
         pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
-    pyra.add_lora(model, config.lora_rank, config.dropout)
+    if config.peft == "lora":
+        pyra.add_lora(model, config.lora_rank, config.dropout)
+    else:
+        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE's fine-tuning has it
     if config.method != "plain":
         r = config.rate
         if not isinstance(r, list):
@@ -215,6 +251,15 @@ def build_model(config, num_classes):
     return model
 
 
+def start_from(model, result):
+    """Gives the model the LoRA and head that a run without merging has trained: the second of two stages."""
+    trained = safetensors.torch.load_file(Path(result.folder) / "adapter.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and ".reducer." not in name:
+                p.copy_(trained[name])
+
+
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
     config = Config(**{**result.config, "device": None})  # the run's device need not be here
@@ -222,11 +267,110 @@ def load_run(result):
 
 
 def count_trained(model):
-    counts = {"lora": 0, "modulation": 0, "head": 0}
+    counts = {"peft": 0, "reducer": 0, "head": 0, "backbone": 0}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            counts["lora" if "lora_" in name else "modulation" if ".reducer." in name else "head"] += p.numel()
+            part = "backbone" if not pyra.is_adapter(name) else "reducer" if ".reducer." in name else "peft" if "lora_" in name or "peft_" in name else "head"
+            counts[part] += p.numel()
     return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches: where a step's images come from
+
+
+def in_batches(images, labels, norm, device=None, batch_size=128):
+    """uint8 images (n, 3, h, w), in memory or mapped -> batches of (normalised images, labels) on the device."""
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        yield tasks.normalize(x.to(device), norm), y.to(device)
+
+
+def chunks_of_epoch(n, batch, parts, seed, rank, world):
+    """The indices, out of n, that this process takes: a list of tensors, `parts` of them a step, in an order that the seed draws.
+
+    An incomplete last batch is left out, as in the published code.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    steps = order[: n // batch * batch].view(-1, batch)
+    mine = steps[:, rank * batch // world : (rank + 1) * batch // world]
+    return [chunk for step in mine for chunk in step.tensor_split(parts)]
+
+
+class Seeded(torch.utils.data.Dataset):
+    """Images whose augmentation depends on seed and index alone: the same however many processes and workers read them."""
+
+    def __init__(self, images, seed):
+        self.images, self.seed = images, seed
+
+    def __getitem__(self, index):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 10_000_019 + int(index)) % 2**63)
+            return self.images[index]
+
+
+def mae_transform(size, norm, train):
+    """PIL image -> (3, size, size), as MAE fine-tunes and evaluates: train=False crops the centre, 7/8 of the image."""
+    from torchvision.transforms import v2
+
+    (mean, std), bicubic = tasks.NORMS[norm], v2.InterpolationMode.BICUBIC
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    if not train:
+        return v2.Compose([v2.Resize(round(size * 8 / 7), bicubic), v2.CenterCrop(size), *tensor])
+    # timm's magnitudes run from 0 to 10: 11 bins; "rand-m9" draws two of the operations
+    randaugment = v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11, interpolation=bicubic, fill=[round(255 * m) for m in mean])
+    return v2.Compose([v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip(), randaugment, *tensor,
+                       v2.RandomErasing(0.25, value="random")])
+
+
+def mixup_or_cutmix(num_classes):
+    """(images, labels) -> (mixed images, labels (b, num_classes) as probabilities), MAE's mixup 0.8 or cutmix 1.0 in turn."""
+    from torchvision.transforms import v2
+
+    return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
+
+
+class Data(NamedTuple):
+    n: int  # training images
+    train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels)
+    test: Callable  # (rank, world) -> this process's batches of the images to evaluate on
+
+
+def held_in_memory(config, img_size, device):
+    """The Data of a task that fits: decoded once, the training images on the device."""
+    images, labels = tasks.load_split(config.task, config.train_split, img_size, config.data_root)
+    test_images, test_labels = tasks.load_split(config.task, config.eval_split, img_size, config.data_root)
+    images, labels = images.to(device), labels.to(device)
+
+    def train(seed, chunks):
+        for index in chunks:
+            index = index.to(device)
+            yield tasks.normalize(images[index], config.norm), labels[index]
+
+    def test(rank, world):
+        return in_batches(test_images[rank::world], test_labels[rank::world], config.norm, device)
+
+    return Data(len(labels), train, test)
+
+
+def streamed(config, img_size, device):
+    """The Data of a stream: task: worker processes read, augment and normalise while the device computes."""
+    transform = mae_transform(img_size, config.norm, train=False)
+    images = tasks.stream_split(config.task, config.train_split, mae_transform(img_size, config.norm, train=True) if config.augment == "mae" else transform)
+    test_images = tasks.stream_split(config.task, config.eval_split, transform)
+
+    def read(dataset, chunks):
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=config.workers,
+                                             pin_memory=device.type == "cuda")
+        for x, y in loader:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+    def train(seed, chunks):
+        return read(Seeded(images, seed), chunks)
+
+    def test(rank, world):
+        return read(test_images, torch.arange(rank, len(test_images), world).split(128))
+
+    return Data(len(images), train, test)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,45 +384,71 @@ def lr_factor(epoch, warmup, epochs):
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
 
-def write_atomically(path, write):
-    """write(partial path), then the partial file gets its name: whenever we are killed, `path` is whole or absent."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def mae_lr_factor(epoch, warmup, epochs):
+    """The same in MAE's fine-tuning, where it changes at every step (epoch has a fraction): linear from 0, then a cosine to 0."""
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
 
 @torch.inference_mode()
-def evaluate(model, images, labels, norm, dtype, batch_size=128):
-    """Top-1 accuracy in [0, 1]; images uint8, on any device, in memory or mapped."""
-    device = next(model.parameters()).device
+def evaluate(model, batches, dtype=torch.float32):
+    """Top-1 accuracy in [0, 1] over batches of (normalised images, labels); under torchrun each process brings its share."""
     model.eval()
-    correct = 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(tasks.normalize(x.to(device), norm))
-        correct += (logits.argmax(dim=1).cpu() == y.cpu()).sum().item()
-    return correct / len(labels)
+    counts = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)  # correct, all
+    for x, y in batches:
+        with torch.autocast(counts.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(x)
+        counts += torch.stack([(logits.argmax(dim=1) == y).sum(), torch.tensor(len(y), device=counts.device)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
+
+
+def runs_folder(runs=None):
+    return Path(runs or os.environ.get("PYRA_RUNS") or HERE / "runs").expanduser().resolve()
+
+
+def read_result(folder):
+    """The Result recorded in a run's folder, or None. Raises ValueError where the record is damaged."""
+    file = Path(folder) / "result.json"
+    if not file.is_file():
+        return None
+    try:
+        return Result(**{**json.loads(file.read_text()), "folder": str(folder)})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({pyra.reason(error)}): delete it, and the run goes on from its last epoch") from error
+
+
+def recorded(config, vary, runs=None):
+    """All recorded Results whose configs equal `config` in every field but those named in `vary`, such as ("s", "seed")."""
+    found = []
+    for file in sorted(runs_folder(runs).glob("*/result.json")):
+        result = read_result(file.parent)
+        like = dataclasses.replace(config, **{name: result.config[name] for name in vary}).resolved()
+        theirs = {**{f.name: f.default for f in dataclasses.fields(Config)}, **result.config}
+        if all(theirs[k] == v for k, v in dataclasses.asdict(like).items() if k not in ("device", "workers")):
+            found.append(result)
+    return found
 
 
 def run(config, runs=None, progress=True):
     """Trains and evaluates one config, or finds the record of it. Returns its Result.
 
     runs: folder of all runs; the environment variable PYRA_RUNS, or runs/ beside this file. Under torchrun every process
-    takes its share of each batch; the first writes, and all must see the folder. Raises ValueError or FileNotFoundError for
-    a config that can't run, before any training; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
+    takes its share of each batch; the first writes, and all must see the folder. A second process with the same config waits
+    for the first, and finds its record. Raises ValueError or FileNotFoundError for a config that can't run, before any
+    training; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
     """
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(runs or os.environ.get("PYRA_RUNS") or HERE / "runs").expanduser().resolve() / config.id()
-    if (folder / "result.json").is_file():
-        return Result(**{**json.loads((folder / "result.json").read_text()), "folder": str(folder)})
+    folder = runs_folder(runs) / config.id()
+    if result := read_result(folder):
+        return result
     task = tasks.find_task(config.task, config.data_root)
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
-    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    device = torch.device(config.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -286,103 +456,162 @@ def run(config, runs=None, progress=True):
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    model = build_model(config, task.num_classes).to(device)
-    images, labels = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
-    test_images, test_labels = tasks.load_split(config.task, config.eval_split, model.img_size, config.data_root)
-    batch = min(config.batch_size, len(labels) // world * world)
-    if batch == 0:
-        raise ValueError(f"{config.train_split} has {len(labels)} images, fewer than the {world} processes")
-    images, labels = images.to(device), labels.to(device)
+    model = build_model(config, task.num_classes)
+    if config.second_epochs is not None:  # before this run's images are on the device: that one's are the same
+        start_from(model, run(dataclasses.replace(config, method="plain", second_epochs=None), runs, progress))
+    data = (streamed if task.group == "Stream" else held_in_memory)(config, model.img_size, device)
+    if data.n < world:
+        raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {world} processes")
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(tasks.alone(folder))
+        if world > 1:
+            dist.barrier()
+        if result := read_result(folder):  # somebody else has done it while we waited
+            return result
+        return fit(config, model.to(device), task, data, folder, rank, world, progress)
+
+
+def fit(config, model, task, data, folder, rank, world, progress):
+    """The part of `run` that computes: from the last epoch that was saved to the record."""
+    device, dtype = model.pos_embed.device, DTYPES[config.dtype]
+    epochs, warmup = config.epochs, config.warmup
+    if config.second_epochs is not None:
+        epochs, warmup = config.second_epochs, config.second_epochs // 10
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if dtype == torch.bfloat16:  # what is frozen needs no float32 copy; what is trained keeps one
         for p in model.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(dtype)
-    groups = pyra.param_groups(model, config.lr, config.modulation_lr, config.weight_decay)
+    full = config.peft == "full"
+    groups = pyra.param_groups(model, config.lr, config.modulation_lr, config.weight_decay, config.layer_decay if full else None)
     optimizer = torch.optim.AdamW(groups, fused=True)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     forward = torch.compile(model) if config.compile else model
+    mix = mixup_or_cutmix(task.num_classes) if config.augment == "mae" else None
 
     history, state_file = [], folder / "state.pt"
     if state_file.is_file():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{state_file} is damaged ({pyra.reason(error)}): delete it to start this run again") from error
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
     elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    share = slice(rank * batch // world, (rank + 1) * batch // world)
-    bar = tqdm(range(config.epochs), desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
-    for epoch in range(len(history), config.epochs):
+    batch = min(config.batch_size, data.n // world * world)
+    steps, parts = data.n // batch, math.ceil(batch // world / (config.micro_batch or batch))
+    bar = tqdm(total=epochs, desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
+    for epoch in range(len(history), epochs):
         start = time.perf_counter()
         model.train()
-        for group, peak in zip(optimizer.param_groups, peak_lrs):
-            group["lr"] = peak * lr_factor(epoch, config.warmup, config.epochs)
         # what is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no state
         epoch_seed = config.seed * 100_003 + epoch
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
-        torch.manual_seed(epoch_seed * 1_009 + rank)  # dropout and drop path differ between processes
-        steps = len(labels) // batch  # as in the published code, an incomplete last batch is left out
+        chunks = data.train(epoch_seed, chunks_of_epoch(data.n, batch, parts, epoch_seed, rank, world))
         total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        for step in range(steps):
-            index = order[step * batch : (step + 1) * batch][share].to(device)
-            y = labels[index]
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = forward(tasks.normalize(images[index], config.norm))
-            loss = F.cross_entropy(logits.float(), y)
-            loss.backward()
+        for step in tqdm(range(steps), desc=f"epoch {epoch + 1}", disable=bar.disable, leave=False, delay=30):
+            factor = mae_lr_factor(epoch + step / steps, warmup, epochs) if full else lr_factor(epoch, warmup, epochs)
+            for group, peak in zip(optimizer.param_groups, peak_lrs):
+                group["lr"] = peak * factor
+            for part in range(parts):
+                x, y = next(chunks)
+                # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
+                torch.manual_seed(((epoch_seed * 1_000_003 + step) * 1_009 + rank * parts + part) % 2**63)
+                if mix:
+                    x, y = mix(x, y)
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    logits = forward(x)
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0) * (len(x) / batch)
+                loss.backward()
+                total_loss += loss.detach()
+                correct += (logits.argmax(dim=1) == (y.argmax(dim=1) if mix else y)).sum()
             if world > 1:
                 for p in trained.values():
                     dist.all_reduce(p.grad)
-                    p.grad /= world
             optimizer.step()
             optimizer.zero_grad()
-            total_loss += loss.detach()
-            correct += (logits.argmax(dim=1) == y).sum()
         sums = torch.stack([total_loss, correct])
         if world > 1:
             dist.all_reduce(sums)
-        mean_loss = sums[0].item() / steps / world  # .item() waits for the device
+        mean_loss = sums[0].item() / steps  # .item() waits for the device
         if not math.isfinite(mean_loss):
             before = f"; {state_file} holds the epoch before" if history else ""
             raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}{before}")
         entry = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=mean_loss, train_accuracy=sums[1].item() / steps / batch,
                      seconds=time.perf_counter() - start)
-        last = epoch + 1 == config.epochs
-        if last or (config.eval_every and (epoch + 1) % config.eval_every == 0):
-            entry["accuracy"] = evaluate(model, test_images, test_labels, config.norm, dtype)
+        if epoch + 1 == epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
+            entry["accuracy"] = evaluate(model, data.test(rank, world), dtype)
         history.append(entry)
         if rank == 0:
             state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history)
-            write_atomically(state_file, lambda p: torch.save(state, p))
-            write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
+            pyra.write_atomically(state_file, lambda p: torch.save(state, p))
+            pyra.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
         bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
         bar.update()
     bar.close()
 
     evaluated = [entry for entry in history if "accuracy" in entry]
+    if not history:  # a second stage of no epochs
+        evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     result = Result(
         config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
         macs=pyra.count_macs(model), token_counts=pyra.token_counts(model), trained=count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name)),
-        seconds_per_epoch=statistics.median(entry["seconds"] for entry in history),
+        seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         versions=dict(torch=torch.__version__, python=sys.version.split()[0]),
     )
     if rank == 0:
         pyra.save_adapter(model, folder / "adapter.safetensors")
-        write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
+        pyra.write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
     if world > 1:
         dist.barrier()
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What notebooks need besides
+
+
+def check_parameters(namespace):
+    """Refuses what papermill was told and the notebook doesn't know: papermill itself only warns, and runs the default.
+
+    namespace: the notebook's globals(), where the parameters cell has written `name: type = default`. Raises ValueError.
+    """
+    known = namespace["__annotations__"]
+    injected = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    given = [target.id for source in injected for line in ast.parse(source).body for target in line.targets]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"there is no parameter {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+    for name, kind in known.items():  # what is a str here may be more to Config, which looks closer
+        value, expected = namespace[name], getattr(kind, "__name__", kind)
+        allowed = {"int": int, "float": (int, float), "bool": bool, "list": list}.get(expected, object)
+        if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and expected in ("int", "float"))):
+            raise ValueError(f"{name} must be of type {expected}, not {value!r}" + ("; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""))
+
+
+def paper_table(name):
+    """Rows of a table of the paper's supplement, data/paper/<name>.csv, as {column: text}."""
+    with open(HERE / "data" / "paper" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracy_over_seeds(results):
+    """Last-epoch accuracies in %: (mean, standard deviation, how many); the deviation of one is 0."""
+    accuracies = [100 * result.accuracy_last for result in results]
+    return statistics.mean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0, len(accuracies)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,6 +654,47 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         for name in models:
             speeds[name].append(batch_size * batches[name] / timed(name, batches[name]))
     return {name: (statistics.median(s), min(s), max(s)) for name, s in speeds.items()}
+
+
+class Fitted(NamedTuple):
+    schedule: list  # pairs merged, one entry a block
+    mac_ratio: float  # what counting operations predicts
+    speedup: float  # what was measured, over the same model unmerged
+    images_per_second: float
+
+
+def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0):
+    """The merging schedule that makes a model as fast as asked for, as measured here: the supplement's "minor adjustments
+    based on actually tested throughput". Returns a Fitted; the model stays as it is.
+
+    speedup: over the same model unmerged; or images_per_second. Measured in turns with the unmerged model (see benchmark), for
+    `seconds` each, until the median is within the tolerance. ToMe is measured; PYRA costs the same to a per cent or two. Each
+    schedule tried is the mildest of Eq. (1)'s family for its MACs. Raises ValueError where none meets the target.
+    """
+    target = images_per_second if speedup is None else speedup
+    if (speedup is None) == (images_per_second is None) or isinstance(target, (bool, str)) or not 0 < target < math.inf:
+        raise ValueError(f"one of speedup and images_per_second must be a positive number, not {speedup!r} and {images_per_second!r}")
+    if speedup is not None and speedup <= 1:
+        raise ValueError(f"speedup must be greater than 1, not {speedup}")
+    plain = pyra.merge_lora(pyra.add_tome(copy.deepcopy(model), 0))
+    ratio, tried = speedup, []
+    if ratio is None:
+        ratio = images_per_second / benchmark({"plain": plain}, batch_size, dtype, device, seconds)["plain"][0]
+        if ratio <= 1:
+            raise ValueError(f"the model does {images_per_second / ratio:.4g} images/s without merging, more than the {images_per_second:g} asked for")
+    for _ in tqdm(range(8), desc="fitting the schedule", leave=False):
+        try:
+            schedule = pyra.solve_macs(plain, ratio)
+        except ValueError as error:
+            raise ValueError(f"the target of {target:g} is out of reach here; tried, and measured: {tried or 'nothing'}; {error}") from error
+        merged = pyra.add_tome(copy.deepcopy(plain), schedule)
+        speeds = benchmark({"plain": plain, "merged": merged}, batch_size, dtype, device, seconds, rounds=9)
+        measured = speeds["merged"][0] / (speeds["plain"][0] if images_per_second is None else 1)
+        tried.append((round(ratio, 3), round(measured, 3)))
+        if abs(measured / target - 1) <= tolerance:
+            return Fitted(schedule, pyra.count_macs(plain) / pyra.count_macs(merged), speeds["merged"][0] / speeds["plain"][0], speeds["merged"][0])
+        ratio = max(1 + (ratio - 1) * 0.1, ratio * target / measured)
+    raise ValueError(f"no schedule came within {tolerance:.0%} of {target:g}; tried ratios of operations, and measured: {tried}")
 
 
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7):
@@ -475,6 +745,12 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']} (default: {shown})")
     given = vars(parser.parse_args(argv))
     return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
+
+
+def arguments(config):
+    """Config -> command line, such that parse(arguments(config)) == config."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in values.items()]
 
 
 def main(argv):

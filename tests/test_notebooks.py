@@ -1,16 +1,38 @@
 """Notebooks as they are committed, and as papermill runs them with other parameters; `pytest --nbval` runs them with their own."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
+import yaml
+from PIL import Image
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+import train
+
+HERE = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 OTHER_PARAMETERS = {
-    "quickstart": [dict(task="digits", rate=2.5, epochs=1, seed=1, norm="none")],
+    "quickstart": [dict(rate=2.5, epochs=1, seed=1, norm="none")],
+    "ablation_rank": [dict(s=4, epochs=1, rate=4.0)],
+    "ablation_two_stage": [dict(rates=["high"], method="pyra", epochs=1, second_epochs=1)],
+    "ablation_lora_dim": [dict(widths=[2, 4], epochs=1, rate=4.0)],
+    "features": [dict(epochs=1, images=40, perplexity=10.0)],
+    "schedule": [dict(batch_size=2, seconds=0.02, target_speedup=1.5, backbone="vit_tiny_patch16_224")],
+    "imagenet_finetune": [dict(epochs=1, processes=2, base_lr=1e-3, workers=1)],
+}
+WRONG_PARAMETERS = {
+    "quickstart": [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")],
+    "ablation_rank": [(dict(rank=4), "there is no parameter 'rank'; there are task, backbone"), (dict(s="zero"), "s must be of type int, not 'zero'"), (dict(s=0), "s must be at least 1")],
+    "ablation_two_stage": [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number")],
+    "ablation_lora_dim": [(dict(widths=[0]), "lora_rank must be at least 1, not 0")],
+    "features": [(dict(images=50), "images must be more than three times perplexity")],
+    "schedule": [(dict(target_speedup="fast"), "target_speedup must be of type float")],
+    "imagenet_finetune": [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
 }
 
 
@@ -33,21 +55,73 @@ def test_parameters_are_literals_with_a_meaning(path):
     assert len(papermill.inspect_notebook(path)) == len(source.splitlines())
 
 
-@pytest.mark.parametrize("name, parameters", [(name, p) for name, sets in OTHER_PARAMETERS.items() for p in sets], ids=str)
-def test_runs_with_other_parameters(name, parameters, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """A task of three classes, one batch to train on: what other parameters do is to be seen, not what is learned."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 15)):
+        for name in ("a", "b", "c"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / part / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+def execute(name, parameters, folder):
     path = next(path for path in NOTEBOOKS if path.stem == name)
-    out = papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters=parameters, kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    return papermill.execute_notebook(path, folder / "out.ipynb", parameters=parameters, kernel_name="python3", progress_bar=False, cwd=folder)
+
+
+def test_every_notebook_is_tried():
+    assert OTHER_PARAMETERS.keys() == WRONG_PARAMETERS.keys() == {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("name, parameters", [(name, p) for name, sets in OTHER_PARAMETERS.items() for p in sets], ids=str)
+def test_runs_with_other_parameters(name, parameters, small_task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYRA_CACHE", str(tmp_path / "cache"))
+    if name not in ("schedule", "imagenet_finetune"):
+        parameters = {**parameters, "task": small_task}
+    out = execute(name, parameters, tmp_path)
     shown = [output.data["application/json"] for cell in out.cells if cell.cell_type == "code" for output in cell.outputs
              if output.output_type == "display_data" and "application/json" in output.data]
-    assert len(shown) == 1
+    assert len(shown) == 1 and shown[0]
     for result in shown[0].values():
-        assert 0 <= result["accuracy"] <= 1 and result["images_per_second"] > 0
+        if name == "schedule":
+            assert result["speedup"] > 0 and result["mac_ratio"] > 1
+        else:
+            accuracies = result["accuracy"] if isinstance(result["accuracy"], list) else [result["accuracy"]]
+            assert len(accuracies) == len(parameters.get("seeds", [0])) and all(0 <= accuracy <= 1 for accuracy in accuracies)
+    fields = {field.name for field in dataclasses.fields(train.Config)} - {"s", "rate", "device", "dtype", "method", "second_epochs"}
     recorded = [json.loads(file.read_text())["config"] for file in (tmp_path / "runs").glob("*/result.json")]
-    assert recorded and all(config[key] == value for config in recorded for key, value in parameters.items())
+    assert bool(recorded) == (name != "schedule")
+    for key in parameters.keys() & fields:
+        assert all(config[key] == parameters[key] for config in recorded), key
+    for key in parameters.keys() & {"s", "rate"}:  # what a method has no use for, its record has the default of
+        assert all(config[key] == parameters[key] for config in recorded if config["method"] == "pyra"), key
 
 
-def test_a_wrong_parameter_fails_in_one_sentence(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="Unknown task 'cifr100'.*did you mean cifar100"):
-        path = next(path for path in NOTEBOOKS if path.stem == "quickstart")
-        papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters=dict(task="cifr100"), kernel_name="python3", progress_bar=False, cwd=tmp_path)
+@pytest.mark.parametrize("name, parameters, sentence", [(name, *case) for name, cases in WRONG_PARAMETERS.items() for case in cases], ids=str)
+def test_a_wrong_parameter_fails_at_once_in_one_sentence(name, parameters, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(papermill.PapermillExecutionError, match=sentence) as error:
+        execute(name, parameters, tmp_path)
+    assert error.value.ename in ("ValueError", "FileNotFoundError") and error.value.exec_count == 3  # parameters, those injected, then the first cell
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks" / "paper").glob("*.yaml")), ids=lambda path: path.stem)
+def test_paper_settings_are_parameters(path):
+    known = papermill.inspect_notebook(path.parents[1] / f"{path.stem}.ipynb")
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert type(value).__name__ == known[name]["inferred_type_name"], name
+
+
+def test_rank_notebook_shows_what_earlier_executions_recorded(small_task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYRA_CACHE", str(tmp_path / "cache"))
+    for s in (2, 3):
+        out = execute("ablation_rank", dict(s=s, epochs=1, rate=4.0, task=small_task), tmp_path)
+    shown = [output.data["application/json"] for cell in out.cells if cell.cell_type == "code" for output in cell.outputs if "application/json" in output.get("data", {})]
+    assert list(shown[0]) == ["ToMe", "s = 2", "s = 3"]
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 3

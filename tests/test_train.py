@@ -174,7 +174,7 @@ def test_record(finished, method):
     assert result.token_counts == tokens
     macs = 196 * 48 * 96 + 96 * 3 + sum(4 * n * 96**2 + 2 * n**2 * 96 + 2 * m * 96 * 384 for n, m in zip(tokens, tokens[1:]))
     assert result.macs == macs == pyra.count_macs(train.build_model(config, 3))
-    assert result.trained == dict(lora=12 * 8 * (96 + 288), modulation=(sum(HIGH) + 12 * 96) * (method == "pyra"), head=96 * 3 + 3)
+    assert result.trained == dict(peft=12 * 8 * (96 + 288), reducer=(sum(HIGH) + 12 * 96) * (method == "pyra"), head=96 * 3 + 3, backbone=0)
     assert sum(t.numel() for t in adapter(result).values()) == sum(result.trained.values())
     assert result.backbone_parameters == sum(p.numel() for p in pyra.create_model("vit_nano_patch4_56", num_classes=0).parameters())
     assert result.num_classes == 3 and result.classes == ["blue", "green", "red"] and result.peak_memory is None
@@ -226,7 +226,7 @@ def test_load_run_gives_the_recorded_accuracy(finished, task, dtype):
     model = train.load_run(result)
     assert not model.training and identical(trained_part(model), adapter(result))
     images, labels = tasks.load_split(task, "test", 56)
-    again = train.evaluate(model, images, labels, "half", train.DTYPES[dtype], batch_size=7)
+    again = train.evaluate(model, train.in_batches(images, labels, "half", batch_size=7), train.DTYPES[dtype])
     if dtype == "float32":
         assert again == result.accuracy_last
         with torch.no_grad():
@@ -449,7 +449,7 @@ def test_options_reach_their_place(task, tmp_path, monkeypatch):
     assert {args[1] for args, _ in normalized} == {"imagenet"} and [len(args[0]) for args, _ in normalized] == [18, 3]
     (_, model), = built
     assert compiled == [model]
-    assert result.token_counts[-1] == 197 - 186 and result.trained["modulation"] == 3 * (186 + 12 * 96) and result.trained["lora"] == 12 * 2 * 384
+    assert result.token_counts[-1] == 197 - 186 and result.trained["reducer"] == 3 * (186 + 12 * 96) and result.trained["peft"] == 12 * 2 * 384
     assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0.2 * i / 11 for i in range(12)])
     assert {block.attn.qkv.dropout for block in model.blocks} == {0.3}
     with torch.device("meta"):
@@ -545,6 +545,16 @@ REFUSED = [  # fields, what the sentence says
     (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, not 'tpu'"),
     (dict(device="cuda"), "device cuda was asked for, and PyTorch finds no CUDA device here"),
     (dict(dtype="float16"), "dtype must be one of float32, bfloat16, not 'float16'"),
+    (dict(peft="prompts"), "peft must be one of lora, full, not 'prompts'"),
+    (dict(second_epochs=-1), "second_epochs must be at least 0, not -1"),
+    (dict(second_epochs=1, method="plain"), "second_epochs is for LoRA with merging attached afterwards, not for method plain"),
+    (dict(second_epochs=1, peft="full"), "second_epochs is for LoRA .* not for method pyra with peft full"),
+    (dict(micro_batch=0), "micro_batch must be at least 1, not 0"),
+    (dict(layer_decay=0), "layer_decay must be greater than 0 and at most 1, not 0"),
+    (dict(augment="trivial"), "augment must be one of none, mae, not 'trivial'"),
+    (dict(augment="mae"), "augment mae is for stream:/path tasks"),
+    (dict(task="stream:/nowhere"), "/nowhere is not a folder"),
+    (dict(workers=-1), "workers must be at least 0, not -1"),
     (dict(compile=1), "compile must be of type bool, not 1"),
     (dict(compile="yes"), "compile must be of type bool, not 'yes'"),
 ]
@@ -597,14 +607,14 @@ def test_write_atomically(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        train.write_atomically(path, fails)
+        pyra.write_atomically(path, fails)
     assert files_in(tmp_path) == []
-    train.write_atomically(path, lambda partial: partial.write_text("old"))
+    pyra.write_atomically(path, lambda partial: partial.write_text("old"))
     assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
     with pytest.raises(OSError, match="no space left"):
-        train.write_atomically(path, fails)
+        pyra.write_atomically(path, fails)
     assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
-    train.write_atomically(path, lambda partial: partial.write_text("new"))
+    pyra.write_atomically(path, lambda partial: partial.write_text("new"))
     assert path.read_text() == "new" and files_in(tmp_path) == ["file"]
 
 
@@ -615,6 +625,7 @@ OTHER = dict(
     task="digits", backbone="vit_tiny_patch16_224", weights="none", method="tome", rate="low", s=2, lora_rank=3, epochs=99, warmup=3, batch_size=16,
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True,
+    peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
 )  # a value for each field that isn't its default
 
 
@@ -625,7 +636,7 @@ def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
         assert {k: getattr(resolved, k) for k in ("weights", "norm", "lora_rank", "batch_size")} == known
         assert resolved.warmup == 5
         assert resolved.dtype == ("bfloat16" if train.has_fast_bfloat16("cpu") else "float32")
-        assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == ["data_root"]
+        assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == ["second_epochs", "micro_batch", "data_root"]
         assert resolved.resolved() == resolved
     given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
     resolved = train.Config(**given, method="plain").resolved()
@@ -645,8 +656,16 @@ def test_ids(monkeypatch):
         assert dataclasses.replace(base, **{name: getattr(base.resolved(), name)}).id() == base.id()
     assert dataclasses.replace(base, drop_path=0).id() == dataclasses.replace(base, drop_path=0.0).id()
     assert OTHER.keys() == {f.name for f in dataclasses.fields(train.Config)}
-    ids = [base.id(), dataclasses.replace(base, rate=[1] * 12).id()] + [dataclasses.replace(base, **{k: v}).id() for k, v in OTHER.items()]
-    assert len(set(ids)) == len(OTHER) + 2
+    pyra_run, full = dataclasses.replace(base, method="pyra"), dataclasses.replace(base, method="pyra", peft="full", task="stream:/images")
+    ids = [base.id(), pyra_run.id(), full.id(), dataclasses.replace(pyra_run, rate=[1] * 12).id()]
+    for name, value in OTHER.items():
+        start = full if name in ("layer_decay", "augment") else pyra_run
+        ids.append(dataclasses.replace(start, **{name: value}).id())
+    assert ids.pop() == pyra_run.id()  # workers: how many read the files changes nothing
+    assert len(set(ids)) == len(OTHER) + 3
+    for name in ("rate", "s", "modulation_lr", "layer_decay"):  # what plain LoRA has no use for doesn't make another run of it
+        assert dataclasses.replace(base, **{name: OTHER[name]}).id() == base.id()
+    assert dataclasses.replace(base, method="tome", s=2, modulation_lr=1.0).id() == dataclasses.replace(base, method="tome").id()
     assert re.fullmatch(r"sprites_location-vit_nano_patch4_56-plain-seed0-[0-9a-f]{10}", base.id())
     assert len({dataclasses.replace(base, device=device).id() for device in ("cuda", "cuda:0", "cuda:1")}) == 1  # the same run on the next GPU
     assert re.fullmatch(r"[\w.-]+", dataclasses.replace(base, task="folder:/a b/ä/../c").id())
@@ -706,6 +725,216 @@ def test_two_processes_equal_one(task, tmp_path):
     assert abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
 
     assert_nearly_same(adapter(two), adapter(one), trained_part(train.build_model(config, 3)))
+
+
+def test_micro_batches_draw_and_add_up_as_processes_do(task, tmp_path):
+    """With dropout and drop path on, two processes are one process with two micro-batches."""
+    fields = {**SMALL, "eval_every": 0}
+    one = train.run(train.Config(task=task, micro_batch=4, **fields), tmp_path / "one", progress=False)
+    argv = train.arguments(train.Config(task=task, **fields))
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "train.py", *argv,
+                  cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(tmp_path / "two")})
+    assert done.returncode == 0, done.stderr
+    two = train.read_result(tmp_path / "two" / train.Config(task=task, **fields).id())
+    assert [entry["loss"] for entry in two.history] == pytest.approx([entry["loss"] for entry in one.history], rel=1e-4)
+    whole = train.run(train.Config(task=task, **fields), tmp_path / "one", progress=False)
+    assert whole.history[0]["loss"] != pytest.approx(one.history[0]["loss"], rel=1e-4)  # other draws: the equality above says something
+
+
+@pytest.mark.parametrize("parts, world", [(1, 1), (3, 1), (2, 2)])
+def test_chunks_share_out_an_epoch(parts, world):
+    chunks = [train.chunks_of_epoch(21, 8, parts, 5, rank, world) for rank in range(world)]
+    assert all(len(mine) == 2 * parts for mine in chunks)
+    steps = [torch.cat([chunk for mine in chunks for chunk in mine[step * parts : (step + 1) * parts]]) for step in range(2)]
+    assert all(len(step) == 8 for step in steps) and len(set(torch.cat(steps).tolist())) == 16
+    assert torch.equal(torch.cat(steps), torch.cat(train.chunks_of_epoch(21, 8, 1, 5, 0, 1)))  # the same images in each step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two stages
+
+
+def test_second_stage_starts_where_the_first_ends(finished, tmp_path):
+    config, result = finished("plain")
+    runs = pathlib.Path(result.folder).parent
+    attached = train.run(dataclasses.replace(config, method="tome", second_epochs=0), runs, progress=False)
+    assert attached.history == [] and attached.best_epoch == -1 and attached.seconds_per_epoch == 0
+    assert identical(adapter(attached), adapter(result))
+    assert attached.token_counts[-1] == 5 and attached.accuracy_last == attached.accuracy_best
+    trained = train.run(dataclasses.replace(config, method="tome", second_epochs=2), runs, progress=False)
+    assert [entry["epoch"] for entry in trained.history] == [0, 1] and not identical(adapter(trained), adapter(result))
+    assert trained.history[0]["loss"] != result.history[0]["loss"]
+
+
+def test_first_stage_is_trained_where_there_is_no_record(task, tmp_path):
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": "pyra", "second_epochs": 1})
+    train.run(config, tmp_path, progress=False)
+    first = dataclasses.replace(config, method="plain", second_epochs=None)
+    assert {folder.name for folder in tmp_path.iterdir()} == {config.id(), first.id()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full fine-tuning, on images read from their files
+
+FULL = dict(peft="full", augment="mae", weights="none", epochs=2, warmup=1, batch_size=8, lr=1e-3, modulation_lr=1e-3, device="cpu", dtype="float32", workers=0)
+
+
+def stream(task):
+    return task.replace("folder:", "stream:")
+
+
+def test_full_fine_tuning_trains_everything(task, tmp_path):
+    config = train.Config(task=stream(task), backbone="vit_nano_patch4_56", eval_every=1, **FULL)
+    result = train.run(config, tmp_path, progress=False)
+    model = train.build_model(config, 3)
+    assert sum(result.trained.values()) == sum(p.numel() for p in model.parameters()) and result.trained["peft"] == 0
+    after = adapter(result)
+    assert not [name for name, p in model.named_parameters() if torch.equal(after[name], p) and not name.startswith(UNREAD)]
+    assert ["accuracy" in entry for entry in result.history] == [True, True]
+    again = train.load_run(result)
+    assert identical(dict(again.named_parameters()), after)
+
+
+def test_stream_resumes_and_does_not_depend_on_workers(task, tmp_path, monkeypatch):
+    config = train.Config(task=stream(task), **FULL)
+    whole = train.run(config, tmp_path / "whole", progress=False)
+    write = pyra.write_atomically
+
+    def once(path, what):
+        write(path, what)
+        if path.name == "log.jsonl":
+            raise Interrupted
+    monkeypatch.setattr(pyra, "write_atomically", once)
+    with pytest.raises(Interrupted):
+        train.run(config, tmp_path / "cut", progress=False)
+    monkeypatch.undo()
+    monkeypatch.setenv("PYRA_CACHE", str(tmp_path))
+    resumed = train.run(dataclasses.replace(config, workers=2), tmp_path / "cut", progress=False)
+    assert_same_run(resumed, whole)
+
+
+def test_two_processes_fine_tune_as_one(task, tmp_path):
+    config = train.Config(task=stream(task), **FULL)
+    one = train.run(dataclasses.replace(config, micro_batch=4), tmp_path / "one", progress=False)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "train.py", *train.arguments(config),
+                  cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(tmp_path / "two")})
+    assert done.returncode == 0, done.stderr
+    two = train.read_result(tmp_path / "two" / config.id())
+    assert [entry["loss"] for entry in two.history] == pytest.approx([entry["loss"] for entry in one.history], rel=1e-4)
+
+
+def test_mae_lr_factor():
+    at = functools.partial(train.mae_lr_factor, warmup=5, epochs=100)
+    assert at(0) == 0 and at(2.5) == 0.5 and at(5) == 1 and at(52.5) == pytest.approx(0.5) and at(100) == pytest.approx(0)
+
+
+def test_layer_decay_by_name():
+    model = train.build_model(train.Config(weights="none", peft="full", method="pyra", device="cpu"), 3)
+    rates = {id(p): group["lr"] for group in pyra.param_groups(model, 1.0, 10.0, 0.05, layer_decay=0.5) for p in group["params"]}
+    rate = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert rate["head.weight"] == rate["norm.bias"] == 1 and rate["blocks.11.mlp.fc1.weight"] == 0.5 and rate["blocks.0.norm1.weight"] == 0.5**12
+    assert rate["patch_embed.proj.weight"] == rate["pos_embed"] == rate["cls_token"] == 0.5**13
+    assert rate["blocks.3.reducer.w_d"] == 10 * 0.5**9
+    assert len(rates) == sum(len(group["params"]) for group in pyra.param_groups(model, layer_decay=0.5))
+
+
+def test_mixed_labels_are_probabilities():
+    torch.manual_seed(0)
+    x, y = train.mixup_or_cutmix(3)(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert x.shape == (6, 3, 8, 8) and y.shape == (6, 3) and torch.allclose(y.sum(dim=1), torch.ones(6)) and (y.max(dim=1).values < 1).any()
+
+
+def test_centre_crop_is_seven_eighths():
+    image = Image.new("RGB", (64, 64), (255, 255, 255))
+    image.paste((0, 0, 0), (4, 4, 60, 60))  # a white frame, a sixteenth wide
+    x = train.mae_transform(56, "none", train=False)(image)
+    assert x.shape == (3, 56, 56) and x.mean() < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What notebooks need
+
+
+def test_recorded_finds_what_differs_in_nothing_else(finished, tmp_path):
+    (tome, tome_result), (pyra_run, pyra_result) = finished("tome"), finished("pyra")
+    for result in (tome_result, pyra_result):
+        shutil.copytree(result.folder, tmp_path / pathlib.Path(result.folder).name)
+    found = train.recorded(dataclasses.replace(pyra_run, s=4, modulation_lr=0.5), ("method", "s"), tmp_path)
+    assert [r.config["method"] for r in found] == ["tome"]  # the PYRA run had another modulation_lr
+    found = train.recorded(dataclasses.replace(pyra_run, s=4), ("method", "s"), tmp_path)
+    assert sorted(r.config["method"] for r in found) == ["pyra", "tome"]
+    assert train.recorded(dataclasses.replace(tome, lr=0.5), ("method", "s"), tmp_path) == []
+
+
+def test_damaged_records_say_so(finished, tmp_path):
+    config, result = finished("plain")
+    shutil.copytree(result.folder, tmp_path / config.id())
+    (tmp_path / config.id() / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        train.run(config, tmp_path)
+    (tmp_path / config.id() / "result.json").unlink()
+    (tmp_path / config.id() / "state.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="state.pt is damaged"):
+        train.run(config, tmp_path)
+
+
+def test_check_parameters():
+    known = dict(task=str, s=int, lr=float, seeds=list)
+    namespace = dict(__annotations__=known, task="digits", s=1, lr=1, seeds=[0])
+    train.check_parameters(namespace)
+    train.check_parameters({**namespace, "s": None, "In": ["", "s: int = 1  # x", "# Parameters\ns = 4\n", "rank = 5"]})
+    for changed, sentence in [
+        ({"In": ["# Parameters\nrank = 4\n"]}, "there is no parameter 'rank'; there are task, s, lr, seeds"),
+        ({"In": ["# Parameters\nsed = 4\n"]}, "there is no parameter 'sed'; did you mean seeds"),
+        ({"s": "zero"}, "s must be of type int, not 'zero'"), ({"s": True}, "s must be of type int, not True"), ({"lr": "1e-3"}, "lr must be of type float"),
+        ({"seeds": "[0, 1]"}, "seeds must be of type list, not '\\[0, 1\\]'; papermill takes a list with -y"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            train.check_parameters({**namespace, **changed})
+
+
+def test_arguments_are_parsed_back():
+    config = train.Config(rate=[16] * 12, weights="none", s=2, lr=3e-4, compile=True, warmup=0, device="cpu")
+    assert train.parse(train.arguments(config)) == config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules that meet a speed
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine whose merged models run at 0.8 of what their operations promise, and a plain one at 100 images/s."""
+    timed = []
+
+    def benchmark(models, *args, **kwargs):
+        timed.append(list(models))
+        plain = pyra.count_macs(models["plain"])
+        return {name: (100 * (1 if name == "plain" else 0.8) * plain / pyra.count_macs(model),) * 3 for name, model in models.items()}
+    monkeypatch.setattr(train, "benchmark", benchmark)
+    return timed
+
+
+@pytest.mark.parametrize("asked", [dict(speedup=1.5), dict(speedup=2.5), dict(images_per_second=250.0)], ids=str)
+def test_fit_schedule_meets_what_is_measured(machine, asked):
+    model = pyra.add_pyra(pyra.add_lora(pyra.create_model("vit_nano_patch4_56", num_classes=3), 2), [16] * 11 + [10])
+    before = pyra.describe(model)
+    fitted = train.fit_schedule(model, **asked)
+    target = asked.get("speedup") or asked["images_per_second"] / 100
+    assert fitted.speedup == pytest.approx(target, rel=0.03) and fitted.mac_ratio == pytest.approx(target / 0.8, rel=0.03)
+    assert fitted.images_per_second == pytest.approx(100 * fitted.speedup)
+    assert pyra.count_macs(pyra.add_tome(pyra.create_model("vit_nano_patch4_56", num_classes=3), 0)) / fitted.mac_ratio == pytest.approx(
+        pyra.count_macs(pyra.add_tome(pyra.create_model("vit_nano_patch4_56", num_classes=3), fitted.schedule)))
+    assert pyra.describe(model) == before and len(machine) <= 5
+
+
+@pytest.mark.parametrize("asked, sentence", [
+    (dict(), "one of speedup and images_per_second"), (dict(speedup=2, images_per_second=3), "one of speedup and"), (dict(speedup="fast"), "one of speedup"),
+    (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"), (dict(speedup=50), "out of reach here"), (dict(images_per_second=99), "does 100 images/s without merging"),
+], ids=str)
+def test_fit_schedule_refuses(machine, asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train.fit_schedule(pyra.create_model("vit_nano_patch4_56"), **asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
