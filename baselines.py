@@ -1,7 +1,7 @@
 """What PYRA is compared with: PEFT modules other than LoRA, channel pruning, distillation.
 
     add_adapter(model) | add_convpass(model) | add_fact(model) | add_snf(model)     # instead of pyra.add_lora
-    model = random_prune(model, flops_ratio=3.4, score=loss_of_a_probed_head)       # then pyra.add_lora, or one of these
+    prune_channels(model, search_pruning(model, flops_ratio=3.4, score=...))        # then pyra.add_lora, or one of these
     loss = distillation_loss(student(images), teacher(images), labels)
 
 A PEFT here is added like LoRA, to a plain, ToMe or PYRA model, before or after the reducer; it freezes the backbone, and a
@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange
+from tqdm import tqdm
 
 import pyra
 
@@ -350,22 +351,20 @@ def keep_columns(linear, index):
     linear.in_features = len(index)
 
 
-def check_prunable(model, criterion):
-    if criterion not in ("l1", "random"):
-        raise ValueError(f"criterion must be 'l1' or 'random', not {criterion!r}")
+def check_prunable(model):
     if model.peft or any(isinstance(block.attn.qkv, pyra.LoRALinear) for block in model.blocks):
         raise ValueError("the model has a PEFT already: prune first, then add it to the pruned model")
 
 
 @torch.no_grad()
-def prune_channels(model, keep, criterion="l1", seed=0):
+def prune_channels(model, keep):
     """Cuts attention heads and MLP units out of every block, in place; the residual stream stays c wide. Returns the model.
 
-    keep: one (heads, units) a block, how many stay, 1 at least. criterion: "l1" keeps those with the largest L1 norm of all
-    their weights (a head's rows of q, k, v and columns of proj; a unit's row of fc1 and column of fc2), "random" any, by
-    seed. A head keeps its width d, so its softmax is scaled as before. Raises ValueError.
+    keep: one (heads, units) a block, how many stay, 1 at least: those with the largest L1 norm of all their weights (a head's
+    rows of q, k, v and columns of proj; a unit's row of fc1 and column of fc2). A head keeps its width d, so its softmax is
+    scaled as before. Raises ValueError.
     """
-    check_prunable(model, criterion)
+    check_prunable(model)
     if not isinstance(keep, (list, tuple)) or len(keep) != len(model.blocks):
         raise ValueError(f"keep must be a list with one (heads, units) for each of the {len(model.blocks)} blocks, not {keep!r}")
     for i, (block, pair) in enumerate(zip(model.blocks, keep)):
@@ -373,10 +372,7 @@ def prune_channels(model, keep, criterion="l1", seed=0):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(k) is int and 1 <= k <= full for k, full in zip(pair, most)):
             raise ValueError(f"block {i}: (heads, units) to keep must be integers from (1, 1) to {most}, not {pair!r}")
 
-    generator = torch.Generator().manual_seed(seed)
-
     def choose(norms, k):
-        norms = torch.rand(len(norms), generator=generator).to(norms.device) if criterion == "random" else norms
         return norms.topk(k).indices.sort().values
 
     for block, (heads, units) in zip(model.blocks, keep):
@@ -432,30 +428,52 @@ def random_keep(model, flops_ratio, generator):
     raise ValueError(f"no random pruning of this model meets 1/{flops_ratio:g} of its MACs within 1 %")
 
 
-def random_prune(model, flops_ratio, score, candidates=20, seed=0, criterion="l1"):
+def search_pruning(model, flops_ratio, score, candidates=20, seed=0):
     """RaP, "Revisiting random channel pruning" (Li et al., CVPR 2022), for a ViT: the best of `candidates` random prunings.
 
-    flops_ratio: F/f, the model's MACs over the pruned one's, met within 1 %. score(pruned) -> a number, the lower the
-    better, such as the loss of a briefly trained head; it may train what it gets, which is thrown away. criterion: see
-    `prune_channels`. Returns a pruned copy, with the model's own weights. Raises ValueError.
+    flops_ratio: F/f, the model's MACs over the pruned one's, met within 1 %. score(pruned) -> a number, the lower the better,
+    such as `probe_loss`; it may train what it gets, which is thrown away. Returns what `prune_channels` is to keep; the model
+    stays as it is. Raises ValueError.
 
     The paper prunes CNNs, and no code was published: heads and MLP units for channels are our choice. Its least-squares
     reconstruction of the features is left out, since adaptation trains the pruned model anyway.
     """
-    check_prunable(model, criterion)
+    check_prunable(model)
     pyra.check_flops_ratio(flops_ratio)
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
         raise ValueError(f"candidates must be a positive integer, not {candidates!r}")
     generator = torch.Generator().manual_seed(seed)
     best, best_score = None, math.inf
-    for i in range(candidates):
+    for _ in tqdm(range(candidates), desc="scoring prunings", leave=False, delay=2):
         keep = random_keep(model, flops_ratio, generator)
-        value = torch.as_tensor(score(prune_channels(copy.deepcopy(model), keep, criterion, seed + i))).item()
+        value = torch.as_tensor(score(prune_channels(copy.deepcopy(model), keep))).item()
         if value < best_score:  # never true of nan
-            best, best_score = (keep, seed + i), value
+            best, best_score = keep, value
     if best is None:
         raise ValueError(f"score gave no finite number for any of the {candidates} candidates")
-    return prune_channels(copy.deepcopy(model), best[0], criterion, best[1])
+    return best
+
+
+def probe_loss(features, labels, held_out, held_out_labels, num_classes, weight_decay=1e-3):
+    """Cross-entropy on held-out features of the linear head that fits the others best: how much a frozen model knows of a task.
+
+    features: (n, c); labels: (n,) int64; held_out: (m, c); held_out_labels: (m,). The head is logistic regression on
+    standardised features, with an L2 penalty of weight_decay, fitted to convergence by L-BFGS. Returns a float.
+    """
+    mean, std = features.float().mean(dim=0), features.float().std(dim=0).clamp(min=1e-6)
+    x, held_out = (features.float() - mean) / std, (held_out.float() - mean) / std
+    weight, bias = (x.new_zeros(*shape).requires_grad_() for shape in ((num_classes, x.shape[1]), (num_classes,)))
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight_decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return F.cross_entropy(F.linear(held_out, weight.detach(), bias.detach()), held_out_labels).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

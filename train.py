@@ -10,7 +10,8 @@ adapter.safetensors and, last, result.json. A finished run is not repeated; an i
 on a CPU bit for bit as if nothing had happened (a GPU adds merged tokens up in no fixed order). The id knows the config,
 not the files behind it nor this code: after changing images, weights or code, delete the folder.
 
-What trains is LoRA, the generators and the head (the paper's recipe), or with --peft full the whole backbone (MAE's).
+What trains is LoRA, the generators and the head (the paper's recipe), another PEFT in LoRA's place, or with --peft full the
+whole backbone (MAE's). With --teacher a larger backbone is adapted first, and tells the run its logits (PE-Dist).
 What it trains on is held in memory, or, for a task stream:/path/to/imagenet, read from its files by --workers.
 """
 
@@ -39,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import baselines
 import pyra
 import tasks
 
@@ -60,8 +62,8 @@ BACKBONES = {
     "deit_small_distilled_patch16_224": dict(weights="deit_small_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=4, batch_size=128),
     "deit_base_distilled_patch16_224": dict(weights="deit_base_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=8, batch_size=128),
 }
-METHODS = ("plain", "tome", "pyra")
-PEFTS = ("lora", "full")
+METHODS = ("plain", "tome", "pyra", "rap")
+PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,11 +79,15 @@ class Config:
     task: str = _option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, sprites_... or digits (see tasks.py)")
     backbone: str = _option("vit_nano_patch4_56", "timm's name; with .mae: average pooling")
     weights: str | None = _option(None, "a file or a timm name on the Hugging Face hub; 'none': random")
-    method: str = _option("pyra", "plain (LoRA only), tome or pyra")
+    method: str = _option("pyra", "plain (LoRA only), tome, pyra, or rap: random pruning of channels, to the operations that merging at `rate` needs")
     rate: str | float | list = _option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry a block")
     s: int = _option(1, "rank of PYRA's generators")
-    peft: str = _option("lora", "lora; or full: the whole backbone is trained")
+    peft: str = _option("lora", "lora, adapter, convpass, fact_tt, fact_tk or snf; or full: the whole backbone is trained")
     lora_rank: int | None = _option(None, "LoRA's h")
+    peft_dim: int | None = _option(None, "the bottleneck of adapter and convpass, by default LoRA's h; FacT's rank, by default its paper's for the task")
+    peft_scale: float | None = _option(None, "of convpass and FacT; by default their papers' for the task")
+    teacher: str | None = _option(None, "PE-Dist: the backbone that is adapted to the task first, with LoRA, and whose logits are learned too")
+    teacher_weights: str | None = _option(None, "the teacher's weights, as `weights`")
     # how
     epochs: int = _option(100, "epochs")
     second_epochs: int | None = _option(None, "two stages: LoRA without merging for `epochs`, then with it for so many more, 0 or more; None: one stage")
@@ -115,7 +121,7 @@ class Config:
             elif not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
                 expected = getattr(kinds, "__name__", str(kinds)).replace("NoneType", "None")
                 raise ValueError(f"{f.name} must be of type {expected}, not {value!r}")
-        for name, least in dict(epochs=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, eval_every=0, workers=0).items():
+        for name, least in dict(epochs=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, peft_dim=1, eval_every=0, workers=0).items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "modulation_lr", "weight_decay"):
@@ -123,19 +129,27 @@ class Config:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be at least 0 and less than 2^31, not {self.seed}")
+        if self.peft_scale is not None and not 0 < self.peft_scale < math.inf:
+            raise ValueError(f"peft_scale must be a finite number greater than 0, not {self.peft_scale}")
         for name in ("drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be greater than 0 and at most 1, not {self.layer_decay}")
-        for name, known in dict(backbone=BACKBONES, method=METHODS, peft=PEFTS, augment=("none", "mae"), norm=(None, *tasks.NORMS), dtype=(None, *DTYPES),
+        for name, known in dict(backbone=BACKBONES, teacher=(None, *BACKBONES), method=METHODS, peft=PEFTS, augment=("none", "mae"), norm=(None, *tasks.NORMS), dtype=(None, *DTYPES),
                                 train_split=tasks.SPLITS, eval_split=tasks.SPLITS).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(k for k in known if k)}, not {getattr(self, name)!r}")
         if self.warmup is not None and self.warmup >= self.epochs:
             raise ValueError(f"warmup ({self.warmup}) must be less than epochs ({self.epochs})")
-        if self.second_epochs is not None and (self.method == "plain" or self.peft != "lora"):
-            raise ValueError(f"second_epochs is for LoRA with merging attached afterwards, not for method {self.method} with peft {self.peft}")
+        if self.second_epochs is not None and (self.method in ("plain", "rap") or self.peft == "full"):
+            raise ValueError(f"second_epochs is for merging attached to what is adapted already, not for method {self.method} with peft {self.peft}")
+        if self.method == "rap" and self.peft == "full":
+            raise ValueError("method rap prunes a backbone that stays frozen, and peft full would train it")
+        if self.task.startswith("stream:") and (self.method == "rap" or self.teacher):
+            raise ValueError(f"{'a teacher' if self.teacher else 'method rap'} needs the images in memory, and {self.task} is read from its files")
+        if self.teacher_weights and not self.teacher:
+            raise ValueError("teacher_weights were given, but no teacher")
         if self.augment != "none" and not self.task.startswith("stream:"):
             raise ValueError(f"augment {self.augment} is for stream:/path tasks, whose files are read anew each epoch, not for {self.task}")
         check_device(self.device)
@@ -152,18 +166,31 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
+            peft_dim=known["lora_rank"], teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
         )
+        task = tasks.ALIASES.get(self.task, self.task)
+        if self.peft == "convpass":
+            defaults |= dict(peft_scale=baselines.convpass_settings(task)["scale"])
+        if self.peft in ("fact_tt", "fact_tk"):
+            settings = baselines.fact_settings(task, self.peft.removeprefix("fact_"))
+            defaults |= dict(peft_dim=settings["rank"], peft_scale=settings["scale"])
         values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         unused = ["rate"] if self.method == "plain" else []
         unused += ["s", "modulation_lr"] if self.method != "pyra" else []
-        unused += ["lora_rank", "dropout"] if self.peft == "full" else ["layer_decay"]
+        unused += ["dropout"] if self.peft in ("snf", "full") else []
+        unused += ["lora_rank"] if self.peft != "lora" else []
+        unused += ["peft_dim"] if self.peft in ("lora", "snf", "full") else []
+        unused += ["peft_scale"] if self.peft not in ("convpass", "fact_tt", "fact_tk") else []
+        unused += ["layer_decay"] if self.peft != "full" else []
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
         kind, _, path = self.task.partition(":")
         if kind in ("folder", "stream"):
             values["task"] = f"{kind}:{Path(path).expanduser().resolve()}"
-        if self.weights and self.weights != SHIPPED and Path(self.weights).is_file():
-            values["weights"] = str(Path(self.weights).resolve())
+        for name in ("weights", "teacher_weights"):
+            file = getattr(self, name)
+            if file and file != SHIPPED and Path(file).is_file():
+                values[name] = str(Path(file).resolve())
         root = self.data_root or os.environ.get("PYRA_DATA")
         if root:
             values["data_root"] = str(Path(root).expanduser().resolve())
@@ -192,7 +219,7 @@ class Result:
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
     classes: list  # names by label; empty where nobody wrote them down
-    macs: int  # of one image, LoRA folded in
+    macs: int  # of one image, what can be folded in folded in
     token_counts: list  # tokens before the first block and after each
     trained: dict  # trained parameters: peft, reducer, head, backbone
     backbone_parameters: int  # without head
@@ -228,27 +255,64 @@ def create_backbone(config, num_classes):
     return pyra.create_model(config.backbone, num_classes=num_classes, drop_path_rate=config.drop_path, global_pool=pool)
 
 
-def build_model(config, num_classes):
-    """The pre-trained backbone with what the config's method adds, on the CPU in float32, initialised by the config's seed."""
+def add_peft(model, config):
+    """What the config trains beside reducer and head, on the model."""
+    if config.peft == "lora":
+        pyra.add_lora(model, config.lora_rank, config.dropout)
+    elif config.peft == "adapter":
+        baselines.add_adapter(model, config.peft_dim, config.dropout)
+    elif config.peft == "convpass":
+        init = baselines.convpass_settings(tasks.ALIASES.get(config.task, config.task))["init"]
+        baselines.add_convpass(model, config.peft_dim, config.peft_scale, init, config.dropout)
+    elif config.peft in ("fact_tt", "fact_tk"):
+        baselines.add_fact(model, config.peft.removeprefix("fact_"), config.peft_dim, config.peft_scale, config.dropout)
+    elif config.peft == "snf":
+        baselines.add_snf(model)
+    else:
+        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE's fine-tuning has it
+
+
+def schedule_of(config, model):
+    """Pairs that the config's rate merges in each block of the model."""
+    if isinstance(config.rate, list):
+        return config.rate
+    r = pyra.merge_schedule(config.rate, len(model.blocks), model.num_patches)
+    r[-1] = min(r[-1], (model.num_patches - sum(r[:-1])) // 2)  # Eq. (1) asks too much of the last block; so does the paper's constant 16
+    return r
+
+
+def flops_ratio(config, model):
+    """F/f of the config's rate: the plain model's operations over those left when merging at that rate."""
+    r = pyra.check_schedule(model, schedule_of(config, model))
+    counts = [model.num_patches + model.specials]
+    for entry in r:
+        counts.append(counts[-1] - entry)
+    return pyra.macs_of_counts(model, [counts[0]] * len(counts)) / pyra.macs_of_counts(model, counts)
+
+
+def build_model(config, num_classes, keep=None):
+    """The pre-trained backbone with what the config's method adds, on the CPU in float32, initialised by the config's seed.
+
+    keep: with method rap, what `search_pruning` found.
+    """
     config = config.resolved()
     torch.manual_seed(config.seed)
     model = create_backbone(config, num_classes)
     if config.weights != "none":
         pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
-    if config.peft == "lora":
-        pyra.add_lora(model, config.lora_rank, config.dropout)
-    else:
-        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE's fine-tuning has it
-    if config.method != "plain":
-        r = config.rate
-        if not isinstance(r, list):
-            r = pyra.merge_schedule(r, len(model.blocks), model.num_patches)
-            r[-1] = min(r[-1], (model.num_patches - sum(r[:-1])) // 2)  # Eq. (1) asks too much of the last block; so does the paper's constant 16
-        if config.method == "tome":
-            pyra.add_tome(model, r)
-        else:
-            pyra.add_pyra(model, r, config.s)
+    if keep is not None:
+        baselines.prune_channels(model, keep)
+    add_peft(model, config)
+    if config.method == "tome":
+        pyra.add_tome(model, schedule_of(config, model))
+    elif config.method == "pyra":
+        pyra.add_pyra(model, schedule_of(config, model), config.s)
     return model
+
+
+def merged(model):
+    """The model with the PEFT folded in, where it can be: LoRA and FacT."""
+    return baselines.merge_fact(pyra.merge_lora(model))
 
 
 def start_from(model, result):
@@ -262,8 +326,9 @@ def start_from(model, result):
 
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
-    config = Config(**{**result.config, "device": None})  # the run's device need not be here
-    return pyra.load_adapter(build_model(config, result.num_classes), Path(result.folder) / "adapter.safetensors").eval()
+    config, folder = Config(**{**result.config, "device": None}), Path(result.folder)  # the run's device need not be here
+    keep = json.loads((folder / "kept.json").read_text()) if config.method == "rap" else None
+    return pyra.load_adapter(build_model(config, result.num_classes, keep), folder / "adapter.safetensors").eval()
 
 
 def count_trained(model):
@@ -331,12 +396,12 @@ def mixup_or_cutmix(num_classes):
 
 class Data(NamedTuple):
     n: int  # training images
-    train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels)
+    train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
     test: Callable  # (rank, world) -> this process's batches of the images to evaluate on
 
 
-def held_in_memory(config, img_size, device):
-    """The Data of a task that fits: decoded once, the training images on the device."""
+def held_in_memory(config, img_size, device, told=None):
+    """The Data of a task that fits: decoded once, the training images on the device. told: a teacher's logits, (n, classes)."""
     images, labels = tasks.load_split(config.task, config.train_split, img_size, config.data_root)
     test_images, test_labels = tasks.load_split(config.task, config.eval_split, img_size, config.data_root)
     images, labels = images.to(device), labels.to(device)
@@ -344,7 +409,7 @@ def held_in_memory(config, img_size, device):
     def train(seed, chunks):
         for index in chunks:
             index = index.to(device)
-            yield tasks.normalize(images[index], config.norm), labels[index]
+            yield tasks.normalize(images[index], config.norm), labels[index], None if told is None else told[index]
 
     def test(rank, world):
         return in_batches(test_images[rank::world], test_labels[rank::world], config.norm, device)
@@ -365,7 +430,7 @@ def streamed(config, img_size, device):
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def train(seed, chunks):
-        return read(Seeded(images, seed), chunks)
+        return ((x, y, None) for x, y in read(Seeded(images, seed), chunks))
 
     def test(rank, world):
         return read(test_images, torch.arange(rank, len(test_images), world).split(128))
@@ -403,6 +468,43 @@ def evaluate(model, batches, dtype=torch.float32):
     if dist.is_initialized():
         dist.all_reduce(counts)
     return (counts[0] / counts[1]).item()
+
+
+@torch.no_grad()
+def over(function, config, split, img_size, device):
+    """function(images) for a whole split, and its labels: (n, ...) float32 and (n,), on the device."""
+    images, labels = tasks.load_split(config.task, split, img_size, config.data_root)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return torch.cat([function(x).float() for x, _ in in_batches(images, labels, config.norm, device)]), labels.to(device)
+
+
+def search_channels(config, num_classes, device):
+    """Method rap: what to keep of the backbone, the best of 20 prunings by a linear head on their features, fitted to train800, on val200."""
+    model = create_backbone(config, num_classes)
+    if config.weights != "none":
+        pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
+
+    def score(pruned):
+        features = lambda x: pruned.pool(pruned.forward_tokens(x))
+        pruned.eval().to(device)
+        fit, held_out = (over(features, config, split, model.img_size, device) for split in ("train800", "val200"))
+        return baselines.probe_loss(*fit, *held_out, num_classes)
+
+    return baselines.search_pruning(model, flops_ratio(config, model), score, seed=config.seed)
+
+
+def teacher_logits(config, runs, device, progress):
+    """PE-Dist: the logits of the larger backbone, LoRA-adapted to the task by a run of its own, for the images to train on: (n, classes)."""
+    teacher = dataclasses.replace(config, backbone=config.teacher, weights=config.teacher_weights, teacher=None, teacher_weights=None,
+                                  method="plain", peft="lora", lora_rank=None).resolved()
+    result = run(teacher, runs, progress)
+    file = Path(result.folder) / f"logits-{config.train_split}.pt"  # no augmentation: they are the same in every epoch, and for every student
+    with tasks.alone(Path(result.folder)):
+        if not file.is_file():
+            model = merged(load_run(result)).to(device)
+            logits, _ = over(model, teacher, config.train_split, model.img_size, device)
+            pyra.write_atomically(file, lambda p: torch.save(logits.cpu(), p))
+    return torch.load(file, map_location=device, weights_only=True)
 
 
 def runs_folder(runs=None):
@@ -456,10 +558,19 @@ def run(config, runs=None, progress=True):
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    model = build_model(config, task.num_classes)
+    if config.method == "rap":
+        folder.mkdir(parents=True, exist_ok=True)
+        with tasks.alone(folder):
+            if not (folder / "kept.json").is_file():
+                keep = search_channels(config, task.num_classes, device)
+                pyra.write_atomically(folder / "kept.json", lambda p: p.write_text(json.dumps(keep)))
+        model = build_model(config, task.num_classes, json.loads((folder / "kept.json").read_text()))
+    else:
+        model = build_model(config, task.num_classes)
+    told = teacher_logits(config, runs, device, progress) if config.teacher else None
     if config.second_epochs is not None:  # before this run's images are on the device: that one's are the same
         start_from(model, run(dataclasses.replace(config, method="plain", second_epochs=None), runs, progress))
-    data = (streamed if task.group == "Stream" else held_in_memory)(config, model.img_size, device)
+    data = streamed(config, model.img_size, device) if task.group == "Stream" else held_in_memory(config, model.img_size, device, told)
     if data.n < world:
         raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {world} processes")
     with contextlib.ExitStack() as stack:
@@ -522,14 +633,18 @@ def fit(config, model, task, data, folder, rank, world, progress):
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * factor
             for part in range(parts):
-                x, y = next(chunks)
+                x, y, told = next(chunks)
                 # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
                 torch.manual_seed(((epoch_seed * 1_000_003 + step) * 1_009 + rank * parts + part) % 2**63)
                 if mix:
                     x, y = mix(x, y)
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                     logits = forward(x)
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0) * (len(x) / batch)
+                if told is None:
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0)
+                else:
+                    loss = baselines.distillation_loss(logits.float(), told, y)
+                loss = loss * (len(x) / batch)
                 loss.backward()
                 total_loss += loss.detach()
                 correct += (logits.argmax(dim=1) == (y.argmax(dim=1) if mix else y)).sum()
@@ -565,7 +680,7 @@ def fit(config, model, task, data, folder, rank, world, progress):
     result = Result(
         config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
-        macs=pyra.count_macs(model), token_counts=pyra.token_counts(model), trained=count_trained(model),
+        macs=pyra.count_macs(model) + (baselines.peft_macs(model) if "fact" not in config.peft else 0), token_counts=pyra.token_counts(model), trained=count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name)),
         seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

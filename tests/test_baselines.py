@@ -551,11 +551,10 @@ def kept_units(model, pruned, block):
     return heads, units
 
 
-@pytest.mark.parametrize("criterion", ["l1", "random"])
-def test_pruning_is_masking(criterion):
+def test_pruning_is_masking():
     """The pruned model's logits are those of the whole one without the other heads' and units' contributions."""
     model = tiny()
-    pruned = baselines.prune_channels(copy.deepcopy(model), KEEP, criterion)
+    pruned = baselines.prune_channels(copy.deepcopy(model), KEEP)
     masked = copy.deepcopy(model)
     for i, block in enumerate(masked.blocks):
         heads, units = kept_units(model, pruned, i)
@@ -568,11 +567,10 @@ def test_pruning_is_masking(criterion):
     assert not torch.allclose(pruned(batch()), model(batch()), rtol=1e-2)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "random"])
-def test_keeping_all_changes_nothing(criterion):
+def test_keeping_all_changes_nothing():
     model = tiny()
     weights, logits = copy.deepcopy(model.state_dict()), model(batch())
-    assert baselines.prune_channels(model, [(3, 48)] * 3, criterion) is model
+    assert baselines.prune_channels(model, [(3, 48)] * 3) is model
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert torch.equal(model(batch()), logits) and all(p.requires_grad for p in model.parameters())
 
@@ -588,12 +586,6 @@ def test_l1_keeps_the_largest():
     pruned = baselines.prune_channels(copy.deepcopy(model), [(2, 2), (3, 48), (3, 48)])
     assert kept_units(model, pruned, 0) == ([0, 1], [5, 40])
     assert kept_units(model, baselines.prune_channels(copy.deepcopy(model), [(1, 48)] * 3), 0)[0] == [1]
-
-
-def test_random_pruning_is_by_seed():
-    pruned = [baselines.prune_channels(tiny(), [(2, 20)] * 3, "random", seed=seed) for seed in (0, 0, 1)]
-    weights = [model.blocks[1].mlp.fc1.weight for model in pruned]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 @every_reducer
@@ -627,8 +619,8 @@ def test_random_configurations_meet_the_budget(name, ratio):
 
 
 @pytest.mark.parametrize("reducer", ["plain", "tome"])
-def test_random_prune_returns_the_best_candidate(reducer):
-    """A pruned copy within budget, the one of least score, with the weights that it had before it was scored."""
+def test_search_returns_the_best_candidate(reducer):
+    """What to keep within budget, of least score; the model keeps the weights that it had before it was scored."""
     model = REDUCERS[reducer](tiny(mlp_ratio=4.0))
     before, logits, scores = copy.deepcopy(model.state_dict()), model(batch()), []
 
@@ -637,19 +629,42 @@ def test_random_prune_returns_the_best_candidate(reducer):
         pruned.head.weight.data.zero_()  # what scoring does to its copy is its own affair
         return scores[-1]
 
-    best = baselines.random_prune(model, 2.0, score, candidates=6, seed=3)
+    keep = baselines.search_pruning(model, 2.0, score, candidates=6, seed=3)
+    best = baselines.prune_channels(copy.deepcopy(model), keep)
     assert len(scores) == 6 == len({value.item() for value in scores})
     torch.testing.assert_close((best(batch()) - logits).square().mean(), min(scores))
     assert abs(pyra.count_macs(best) * 2 / pyra.count_macs(model) - 1) <= 0.01
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(baselines.random_prune(model, 2.0, score, candidates=6, seed=3)(batch()), best(batch()))
+    assert baselines.search_pruning(model, 2.0, score, candidates=6, seed=3) == keep
 
 
-def test_random_prune_passes_over_nan():
+def test_search_passes_over_nan():
     model, scores = tiny(mlp_ratio=4.0), iter([math.nan, 2.0, 3.0, math.nan])
     seen = []
-    best = baselines.random_prune(model, 2.0, lambda pruned: seen.append(pruned) or next(scores), candidates=4, criterion="random")
+    keep = baselines.search_pruning(model, 2.0, lambda pruned: seen.append(pruned) or next(scores), candidates=4)
+    best = baselines.prune_channels(copy.deepcopy(model), keep)
     assert torch.equal(best(batch()), seen[1](batch())) and not torch.equal(best(batch()), seen[0](batch()))
+
+
+def test_probe_loss_tells_knowledge_from_noise():
+    """Features that hold the label lose little, noise more than the uniform answer; scaling and shifting them changes nothing."""
+    labels, held_out = torch.arange(60) % 4, torch.arange(40) % 4
+    told = [F.one_hot(y, 4) + 0.1 * numbers(len(y), 4, seed=i) for i, y in enumerate((labels, held_out))]
+    noise = [numbers(len(y), 4, seed=i) for i, y in enumerate((labels, held_out))]
+    loss = baselines.probe_loss(told[0], labels, told[1], held_out, 4)
+    assert loss < 0.2 < 1.3 < baselines.probe_loss(noise[0], labels, noise[1], held_out, 4)
+    assert baselines.probe_loss(5 * told[0] - 3, labels, 5 * told[1] - 3, held_out, 4) == pytest.approx(loss, rel=1e-3)
+
+
+def test_probe_loss_is_of_the_best_head():
+    """Against scikit-learn's logistic regression on the same standardised features; its C is 1 / (n weight_decay)."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y, held_out, held_out_labels = numbers(60, 5), torch.arange(60) % 3, numbers(30, 5, seed=1), torch.arange(30) % 3
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    head = LogisticRegression(C=1 / (60 * 0.01), tol=1e-8, max_iter=1000).fit((x - mean) / std, y)
+    expected = F.nll_loss(torch.from_numpy(head.predict_log_proba((held_out - mean) / std)), held_out_labels).item()
+    assert baselines.probe_loss(x, y, held_out, held_out_labels, 3, weight_decay=0.01) == pytest.approx(expected, rel=1e-3)
 
 
 @every_peft
@@ -682,13 +697,12 @@ def test_pruned_models_take_lora():
     (lambda model: baselines.prune_channels(model, [(1, 1), (1, 49), (1, 1)]), r"block 1: .* not \(1, 49\)"),
     (lambda model: baselines.prune_channels(model, [(1, 1.0)] * 3), r"block 0: .* not \(1, 1.0\)"),
     (lambda model: baselines.prune_channels(model, [1, 1, 1]), r"block 0: .* not 1"),
-    (lambda model: baselines.prune_channels(model, KEEP, "l2"), "criterion must be 'l1' or 'random', not 'l2'"),
     (lambda model: baselines.prune_channels(pyra.add_lora(model), KEEP), "prune first"),
-    (lambda model: baselines.random_prune(PEFTS["adapter"](model), 2.0, id), "prune first"),
-    (lambda model: baselines.random_prune(model, 1, id), "flops_ratio must be a finite number greater than 1, not 1"),
-    (lambda model: baselines.random_prune(model, 2.0, id, candidates=0), "candidates must be a positive integer, not 0"),
-    (lambda model: baselines.random_prune(model, 50, id), r"no random pruning of this model meets 1/50 of its MACs within 1 %"),
-    (lambda model: baselines.random_prune(model, 2.0, lambda pruned: math.nan, candidates=2), "score gave no finite number for any of the 2 candidates"),
+    (lambda model: baselines.search_pruning(PEFTS["adapter"](model), 2.0, id), "prune first"),
+    (lambda model: baselines.search_pruning(model, 1, id), "flops_ratio must be a finite number greater than 1, not 1"),
+    (lambda model: baselines.search_pruning(model, 2.0, id, candidates=0), "candidates must be a positive integer, not 0"),
+    (lambda model: baselines.search_pruning(model, 50, id), r"no random pruning of this model meets 1/50 of its MACs within 1 %"),
+    (lambda model: baselines.search_pruning(model, 2.0, lambda pruned: math.nan, candidates=2), "score gave no finite number for any of the 2 candidates"),
 ])
 def test_pruning_refused(call, message):
     model = tiny()

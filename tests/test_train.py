@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import baselines
 import pyra
 import tasks
 import train
@@ -125,7 +126,7 @@ def interrupt_at(patch, steps):
     normalize, done = tasks.normalize, []
 
     def counting(*args):
-        if not torch.is_inference_mode_enabled():
+        if torch.is_grad_enabled():
             if len(done) == steps:
                 raise Interrupted
             done.append(1)
@@ -160,7 +161,7 @@ def python(*args, **kwargs):
 # The record
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
 def test_record(finished, method):
     config, result = finished(method)
     folder = pathlib.Path(result.folder)
@@ -495,7 +496,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(weights=5), "weights must be of type str | None, not 5"),
     (dict(weights="missing.safetensors"), "no file 'missing.safetensors'"),
     (dict(weights="weights.txt.gz/no/name"), "weights must be a .safetensors"),
-    (dict(method="lora"), "method must be one of plain, tome, pyra, not 'lora'"),
+    (dict(method="lora"), "method must be one of plain, tome, pyra, rap.*, not 'lora'"),
     (dict(rate="mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
     (dict(rate="mid", method="plain"), "rate must be"),
     (dict(rate=None), "rate must be of type"),
@@ -545,10 +546,16 @@ REFUSED = [  # fields, what the sentence says
     (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, not 'tpu'"),
     (dict(device="cuda"), "device cuda was asked for, and PyTorch finds no CUDA device here"),
     (dict(dtype="float16"), "dtype must be one of float32, bfloat16, not 'float16'"),
-    (dict(peft="prompts"), "peft must be one of lora, full, not 'prompts'"),
     (dict(second_epochs=-1), "second_epochs must be at least 0, not -1"),
-    (dict(second_epochs=1, method="plain"), "second_epochs is for LoRA with merging attached afterwards, not for method plain"),
-    (dict(second_epochs=1, peft="full"), "second_epochs is for LoRA .* not for method pyra with peft full"),
+    (dict(second_epochs=1, method="plain"), "second_epochs is for merging attached to what is adapted already, not for method plain"),
+    (dict(second_epochs=1, peft="full"), "second_epochs is for merging .* not for method pyra with peft full"),
+    (dict(peft="fact"), "peft must be one of lora, adapter, convpass, fact_tt, fact_tk, snf, full, not 'fact'"),
+    (dict(peft="adapter", peft_dim=0), "peft_dim must be at least 1, not 0"),
+    (dict(peft="convpass", peft_scale=0), "peft_scale must be a finite number greater than 0, not 0.0"),
+    (dict(method="rap", peft="full"), "method rap prunes a backbone that stays frozen, and peft full would train it"),
+    (dict(teacher="vit_bass_patch16_224"), "teacher must be one of vit_nano_patch4_56.*not 'vit_bass_patch16_224'"),
+    (dict(teacher_weights="none"), "teacher_weights were given, but no teacher"),
+    (dict(teacher="vit_nano_patch4_56", task="stream:/images"), "a teacher needs the images in memory, and stream:/images is read from its files"),
     (dict(micro_batch=0), "micro_batch must be at least 1, not 0"),
     (dict(layer_decay=0), "layer_decay must be greater than 0 and at most 1, not 0"),
     (dict(augment="trivial"), "augment must be one of none, mae, not 'trivial'"),
@@ -626,6 +633,7 @@ OTHER = dict(
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True,
     peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
+    peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
 )  # a value for each field that isn't its default
 
 
@@ -636,7 +644,8 @@ def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
         assert {k: getattr(resolved, k) for k in ("weights", "norm", "lora_rank", "batch_size")} == known
         assert resolved.warmup == 5
         assert resolved.dtype == ("bfloat16" if train.has_fast_bfloat16("cpu") else "float32")
-        assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == ["second_epochs", "micro_batch", "data_root"]
+        assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == [
+            "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "data_root"]
         assert resolved.resolved() == resolved
     given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
     resolved = train.Config(**given, method="plain").resolved()
@@ -657,13 +666,14 @@ def test_ids(monkeypatch):
     assert dataclasses.replace(base, drop_path=0).id() == dataclasses.replace(base, drop_path=0.0).id()
     assert OTHER.keys() == {f.name for f in dataclasses.fields(train.Config)}
     pyra_run, full = dataclasses.replace(base, method="pyra"), dataclasses.replace(base, method="pyra", peft="full", task="stream:/images")
+    bypass, taught = dataclasses.replace(base, peft="convpass"), dataclasses.replace(base, teacher="vit_base_patch16_224")
     ids = [base.id(), pyra_run.id(), full.id(), dataclasses.replace(pyra_run, rate=[1] * 12).id()]
     for name, value in OTHER.items():
-        start = full if name in ("layer_decay", "augment") else pyra_run
+        start = {"layer_decay": full, "augment": full, "peft_dim": bypass, "peft_scale": bypass, "teacher_weights": taught}.get(name, pyra_run)
         ids.append(dataclasses.replace(start, **{name: value}).id())
     assert ids.pop() == pyra_run.id()  # workers: how many read the files changes nothing
     assert len(set(ids)) == len(OTHER) + 3
-    for name in ("rate", "s", "modulation_lr", "layer_decay"):  # what plain LoRA has no use for doesn't make another run of it
+    for name in ("rate", "s", "modulation_lr", "layer_decay", "peft_dim", "peft_scale"):  # what plain LoRA has no use for doesn't make another run of it
         assert dataclasses.replace(base, **{name: OTHER[name]}).id() == base.id()
     assert dataclasses.replace(base, method="tome", s=2, modulation_lr=1.0).id() == dataclasses.replace(base, method="tome").id()
     assert re.fullmatch(r"sprites_location-vit_nano_patch4_56-plain-seed0-[0-9a-f]{10}", base.id())
@@ -771,6 +781,75 @@ def test_first_stage_is_trained_where_there_is_no_record(task, tmp_path):
     train.run(config, tmp_path, progress=False)
     first = dataclasses.replace(config, method="plain", second_epochs=None)
     assert {folder.name for folder in tmp_path.iterdir()} == {config.id(), first.id()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What PYRA is compared with
+
+
+@pytest.mark.parametrize("peft", ["adapter", "convpass", "fact_tt", "fact_tk", "snf"])
+def test_other_pefts(task, tmp_path, monkeypatch, peft):
+    """Trained, interrupted and resumed, recorded, loaded: each as LoRA is."""
+    config = train.Config(task=task, **{**SMALL, "epochs": 2, "eval_every": 0, "peft": peft})
+    result = train.run(config, tmp_path / "whole", progress=False)
+    before = train.build_model(config, 3)
+    assert result.trained == train.count_trained(before) and result.trained["peft"] > 0
+    moved = {name.split(".")[-2 if "mlp" in name or "attn" in name else -1] for name, value in adapter(result).items() if not torch.equal(value, trained_part(before)[name])}
+    assert any(name.startswith("peft") or name in ("down", "up", "conv", "qkv", "proj", "fc1", "fc2", "peft_attn", "peft_mlp") for name in moved)
+    loaded = train.load_run(result)
+    assert train.evaluate(loaded, train.in_batches(*tasks.load_split(task, "test", 56), "half")) == pytest.approx(result.accuracy_last)
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(train.merged(train.load_run(result))(images), loaded(images), rtol=1e-4, atol=1e-4)
+    extra = result.macs - pyra.count_macs(before)
+    assert extra == 0 if peft.startswith("fact") else extra > 0
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 3)
+        train.run(config, tmp_path / "resumed", progress=False)
+    assert_same_run(train.run(config, tmp_path / "resumed", progress=False), result)
+
+
+def test_published_settings_of_the_task():
+    """By any of the task's names; a value that is given stays."""
+    sizes = lambda **fields: tuple(getattr(train.Config(device="cpu", **fields).resolved(), name) for name in ("peft_dim", "peft_scale"))
+    assert sizes(task="cifar", peft="fact_tt") == (8, 1.0) and sizes(task="cifar100", peft="fact_tk") == (32, 0.1)
+    assert sizes(task="svhn", peft="convpass", backbone="vit_large_patch16_224") == (12, 100.0) and sizes(task="digits", peft="convpass") == (8, 1.0)
+    assert sizes(task="svhn", peft="convpass", peft_dim=3, peft_scale=2) == (3, 2.0) and sizes(peft="adapter", peft_scale=2.0) == (8, None)
+
+
+def test_pruned_channels_are_searched_once_and_never_on_test(task, tmp_path, monkeypatch):
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": "rap", "rate": 2.5})
+    searched, splits = spy(monkeypatch, baselines, "search_pruning"), spy(monkeypatch, tasks, "load_split")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 0)
+        train.run(config, tmp_path, progress=False)
+    assert {args[1] for args, _ in splits[:-2]} == {"train800", "val200"}
+    result = train.run(config, tmp_path, progress=False)
+    (_, keep), = searched
+    assert json.loads((pathlib.Path(result.folder) / "kept.json").read_text()) == [list(pair) for pair in keep]
+    target = pyra.count_macs(train.build_model(dataclasses.replace(config, method="tome"), 3))
+    assert result.macs == pytest.approx(target, rel=0.01) and result.token_counts == [197] * 13
+    loaded = train.load_run(result)
+    assert [(block.attn.num_heads, block.mlp.fc1.out_features) for block in loaded.blocks] == keep
+    assert train.evaluate(loaded, train.in_batches(*tasks.load_split(task, "test", 56), "half")) == pytest.approx(result.accuracy_last)
+
+
+def test_teacher_is_trained_once_and_learned_from(task, tmp_path, monkeypatch):
+    """The first step's loss is PE-Dist's, of the student as it is built and the teacher as its own run left it."""
+    config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": "plain", "teacher": "vit_nano_patch4_56", "teacher_weights": "none"})
+    told = spy(monkeypatch, train, "over")
+    result = train.run(config, tmp_path, progress=False)
+    train.run(dataclasses.replace(config, seed=config.seed, method="tome"), tmp_path, progress=False)
+    teachers = [r for r in map(train.read_result, tmp_path.iterdir()) if r.config["teacher"] is None]
+    assert len(teachers) == len(told) == 1 and len(list(tmp_path.iterdir())) == 3
+    images, labels = tasks.load_split(task, "train800val200", 56)
+    x = tasks.normalize(images, "half")
+    with torch.no_grad():
+        student, teacher = train.build_model(config, 3)(x), train.load_run(teachers[0])(x)
+    p, q = teacher.softmax(dim=1), student.softmax(dim=1)
+    expected = (p * (p / q).log()).sum(dim=1).mean() - q[torch.arange(21), labels].log().mean()
+    assert result.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
