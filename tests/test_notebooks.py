@@ -24,6 +24,8 @@ OTHER_PARAMETERS = {
     "features": [dict(epochs=1, images=40, perplexity=10.0)],
     "schedule": [dict(batch_size=2, seconds=0.02, target_speedup=1.5, backbone="vit_tiny_patch16_224")],
     "imagenet_finetune": [dict(epochs=1, processes=2, base_lr=1e-3, workers=1)],
+    "compare_peft": [dict(pefts=["fact_tk", "adapter"], with_adapter=[], epochs=1, rates=[4.0], seconds=0.05)],
+    "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
 }
 WRONG_PARAMETERS = {
     "quickstart": [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")],
@@ -33,6 +35,8 @@ WRONG_PARAMETERS = {
     "features": [(dict(images=50), "images must be more than three times perplexity")],
     "schedule": [(dict(target_speedup="fast"), "target_speedup must be of type float")],
     "imagenet_finetune": [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
+    "compare_peft": [(dict(pefts=["fact"]), "peft must be one of lora, adapter"), (dict(pefts="snf"), "pefts must be of type list, not 'snf'")],
+    "compare_distillation": [(dict(teacher="vit_huge"), "backbone must be one of vit_nano_patch4_56")],
 }
 
 
