@@ -155,8 +155,8 @@ class EViT(nn.Module):
         ranked = score[:, p:].argsort(dim=1, descending=True, stable=True) + p
         specials = torch.arange(p, device=ranked.device).expand(b, -1)
         kept, fused = pick(tokens, torch.cat([specials, ranked[:, :k]], dim=1)), ranked[:, k:]
-        x = einsum(score.gather(1, fused), pyra.take(tokens.x, fused).float(), "b m, b m c -> b c").to(tokens.x.dtype)
-        return kept._replace(x=torch.cat([kept.x, x[:, None]], dim=1), source=torch.where(kept.source < 0, p + k, kept.source))
+        x = (score.gather(1, fused)[..., None] * pyra.take(tokens.x, fused)).sum(dim=1, keepdim=True)
+        return kept._replace(x=torch.cat([kept.x, x.to(kept.x.dtype)], dim=1), source=torch.where(kept.source < 0, p + k, kept.source))
 
     def extra_repr(self):
         return f"keep_rate={self.keep_rate}"
@@ -505,7 +505,7 @@ class DiffRate(nn.Module):
 
     def patches(self, logits):
         """How many patches stay: the expectation, rounded up, straight through. A scalar."""
-        mean = logits.softmax(dim=0) @ self.candidates
+        mean = (logits.softmax(dim=0) * self.candidates).sum()  # no product of matrices: autocast would round the number of tokens
         return straight_through((mean.detach() - 1e-3).ceil(), mean)  # 1e-3: a mean of 100 may be a little more in floating point
 
     def rates(self):
@@ -526,7 +526,7 @@ class DiffRate(nn.Module):
 
     def mask(self, logits, place):
         """(n, 1) 1 for the patches that stay, of those at place (n,) 1, 2, ...; its gradient is the probability of a candidate of place or more."""
-        soft = logits.softmax(dim=0) @ (self.candidates[:, None] >= place).float()
+        soft = (logits.softmax(dim=0)[:, None] * (self.candidates[:, None] >= place)).sum(dim=0)
         return straight_through((place <= self.patches(logits)).float(), soft)[:, None]
 
     def forward(self, tokens, attention):

@@ -745,6 +745,16 @@ def test_diffrate_starts_half_way():
     assert counts[:, 0].tolist() == [197, 197] + [101] * 11
 
 
+def test_diffrates_numbers_are_the_same_under_autocast():
+    reducer = baselines.DiffRate(range(196, 0, -1), 1)
+    for step in range(5):
+        reducer.prune_logits.data = 0.02 * reducer.candidates * step
+        with torch.autocast("cpu", torch.bfloat16):
+            low = reducer.rates()
+        assert low == reducer.rates()
+    assert 180 < reducer.rates()[0] < 190
+
+
 def test_diffrates_gradients():
     """A rank's is the probability that as many are kept or more; a count's goes to both numbers, and not to the block before."""
     reducer = baselines.DiffRate([6, 4, 2], 2)
