@@ -1,8 +1,12 @@
-"""What PYRA is compared with: PEFT modules other than LoRA, channel pruning, distillation.
+"""What PYRA is compared with: other token reducers, PEFT modules other than LoRA, channel pruning, distillation.
 
+    add_evit(model, 0.7) | add_tofu(model, r) | add_ats(model, 197) | add_ltmp(model) | add_diffrate(model)     # instead of pyra.add_pyra
     add_adapter(model) | add_convpass(model) | add_fact(model) | add_snf(model)     # instead of pyra.add_lora
     prune_channels(model, search_pruning(model, flops_ratio=3.4, score=...))        # then pyra.add_lora, or one of these
     loss = distillation_loss(student(images), teacher(images), labels)
+
+A token reducer here goes with LoRA and with every PEFT here; ATS, LTMP and DiffRate keep, or learn to keep, as many tokens
+as they like, and `forward_counted` gives those counts beside the logits.
 
 A PEFT here is added like LoRA, to a plain, ToMe or PYRA model, before or after the reducer; it freezes the backbone, and a
 model takes one. What it adds is named peft_..., so pyra.freeze, param_groups, save_adapter and load_adapter know it. A
@@ -21,6 +25,600 @@ from einops import einsum, rearrange
 from tqdm import tqdm
 
 import pyra
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token reducers: what they share
+
+
+def set_reducers(model, reducers):
+    """Gives every block its reducer, or None, in place of what it had. Returns the model."""
+    for block, reducer in zip(model.blocks, reducers):
+        block.reducer = None if reducer is None else reducer.to(model.pos_embed.device).train(model.training)
+        block.prop_attn = True  # a dead token has size 0, so that proportional attention does not see it
+    return model
+
+
+def check_class_token(model, name):
+    if model.global_pool != "token":
+        raise ValueError(f"{name} ranks patches by the class token's attention, and a model with global_pool={model.global_pool!r} does not classify that token")
+
+
+def follow(source, new_index):
+    """source after the tokens moved: new_index (b, n) int64 says where to, -1: nowhere, and the patches it held are gone."""
+    return torch.where(source < 0, -1, new_index.gather(1, source.clamp(min=0)))
+
+
+def pick(tokens, order):
+    """The tokens at order (b, m), in that order; the patches of the others are gone, and those of dead ones."""
+    x, size, source = tokens
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    if size is not None:
+        size = pyra.take(size, order)
+        place = torch.where(size[..., 0] > 0, place, -1)
+    new_index = order.new_full(x.shape[:2], -1).scatter(1, order, place)
+    return pyra.Tokens(pyra.take(x, order), size, follow(source, new_index))
+
+
+def attention_rows(attention, size=None, queries=None):
+    """The attention that a block's q, k, v and sizes give, of the first `queries` tokens or of all: (b, h, queries, n) float32."""
+    with torch.autocast(attention.q.device.type, enabled=False):  # in bf16 the ranks would tie
+        scores = (attention.q[:, :, :queries].float() * attention.q.shape[-1] ** -0.5) @ attention.k.float().mT
+        if size is not None:
+            scores = scores + rearrange(size.log(), "b n 1 -> b 1 1 n")
+        return scores.softmax(dim=-1)
+
+
+# Where which tokens die is trained, none is removed in training. Its size becomes 0 in value only: through the size,
+# straight through, the gradient reaches the threshold or rate that killed it.
+
+
+def living(size):
+    """(b, n, 1) float: 1 for a living token and 0 for a dead one, with the gradient that `sized` put into the size."""
+    number = size.detach()
+    return (number > 0).float() + (size - number) / torch.where(number > 0, number, 1)
+
+
+def sized(number, alive):
+    """The size (b, n, 1) of tokens that stand for `number`, no gradient, where `alive`, 0 or 1, with its gradient, says that they live."""
+    return torch.where(alive.detach() > 0, number, 1) * alive
+
+
+def straight_through(hard, soft):
+    """The value of one, the gradient of the other."""
+    return hard + (soft - soft.detach())
+
+
+class MaskedAttention(pyra.Attention):
+    """Attention with the size as factor, e^score size, rather than as log size: dead keys, at log 0, get a gradient too."""
+
+    def forward(self, qkv, size=None):
+        if size is None or not size.requires_grad:
+            return super().forward(qkv, size)
+        size = rearrange(size, "b n 1 -> b 1 1 n")
+        scores = ((qkv.q * qkv.q.shape[-1] ** -0.5) @ qkv.k.mT).float()
+        top = scores.detach().masked_fill(size == 0, -math.inf).amax(dim=-1, keepdim=True)  # of the dead it could leave the living 0 / 0
+        weight = (scores - top).clamp(max=20).exp() * size
+        x = (weight / weight.sum(dim=-1, keepdim=True)).to(qkv.v.dtype) @ qkv.v
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+def forward_counted(model, images):
+    """images (b, 3, img_size, img_size) -> logits (b, num_classes), counts (depth + 1, b) float32.
+
+    counts: the tokens alive before the first block and after each, special ones included. Where thresholds or rates are
+    trained they have a gradient: see `budget_loss`. For evaluation see `mean_macs`.
+    """
+    tokens = model.embed(images)
+    counts = [torch.full((len(images),), float(tokens.x.shape[1]), device=images.device)]
+    for block in model.blocks:
+        tokens = block(tokens)
+        if isinstance(block.reducer, DiffRate) and model.training:
+            counts.append(block.reducer.count(counts[-1]))
+        else:
+            counts.append(living(pyra.with_sizes(tokens).size).sum(dim=(1, 2)))
+    return model.head(model.pool(pyra.with_sizes(tokens))), torch.stack(counts)
+
+
+def mean_macs(model, counts):
+    """Multiply-accumulates of a forward pass, as in pyra.count_macs, the mean over the images of counts (depth + 1, images)."""
+    counts = counts.double()
+    macs = pyra.macs_of_counts(model, counts)
+    for block, n, m in zip(model.blocks, counts, counts[1:]):
+        if isinstance(block.reducer, ATS):  # what is dropped needs no row of attention's result, and none of its projection
+            macs = macs - (n - m) * (n + model.embed_dim) * block.attn.proj.in_features
+    return macs.mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EViT
+
+
+class EViT(nn.Module):
+    """Keeps the patches that the class token attends to most, and fuses the others into one token."""
+
+    def __init__(self, keep_rate, specials=1):
+        super().__init__()
+        self.keep_rate, self.specials = keep_rate, specials
+        self.settings = dict(keep_rate=keep_rate)
+
+    def kept(self, n):
+        return math.ceil(self.keep_rate * (n - self.specials) - 1e-9)  # 1e-9: 0.55 * 20 is 11.000000000000002
+
+    def tokens_after(self, n):
+        return min(self.specials + self.kept(n) + 1, n)
+
+    def forward(self, tokens, attention):
+        (b, n, _), p = tokens.x.shape, self.specials
+        k = self.kept(n)
+        if k == n - p:
+            return tokens
+        score = attention_rows(attention, queries=1).mean(dim=(1, 2))  # (b, n)
+        ranked = score[:, p:].argsort(dim=1, descending=True, stable=True) + p
+        specials = torch.arange(p, device=ranked.device).expand(b, -1)
+        kept, fused = pick(tokens, torch.cat([specials, ranked[:, :k]], dim=1)), ranked[:, k:]
+        x = (score.gather(1, fused)[..., None] * pyra.take(tokens.x, fused)).sum(dim=1, keepdim=True)
+        return kept._replace(x=torch.cat([kept.x, x.to(kept.x.dtype)], dim=1), source=torch.where(kept.source < 0, p + k, kept.source))
+
+    def extra_repr(self):
+        return f"keep_rate={self.keep_rate}"
+
+
+def check_layers(model, layers):
+    """The blocks in which EViT acts, a list: those given, or those at a quarter, half and three quarters. Raises ValueError."""
+    depth = len(model.blocks)
+    if layers is None:
+        layers = sorted({depth * i // 4 for i in (1, 2, 3)})
+    if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and 0 <= i < depth for i in layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"layers must be a list of different blocks from 0 to {depth - 1}, not {layers!r}")
+    return sorted(layers)
+
+
+def add_evit(model, keep_rate=0.7, layers=None):
+    """EViT (Liang et al., ICLR 2022, arXiv 2202.07800): in each of `layers`, keeps ceil(keep_rate n) of the n patches left.
+
+    Those are the patches with the most attention a_j from the class token, the heads' mean; the others fuse into one token,
+    sum a_j x_j, not normalised, which counts as a patch from then on. layers: blocks, from 0; None: a quarter, half and
+    three quarters of the way (3, 6, 9 of 12, the paper's). `evit_keep_rate` finds the keep rate for a budget. The
+    distillation token is always kept, which in the published code is a patch like any other. Returns the model. Raises ValueError.
+    """
+    check_class_token(model, "EViT")
+    layers = check_layers(model, layers)
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
+        raise ValueError(f"keep_rate must be greater than 0 and at most 1, not {keep_rate!r}")
+    return set_reducers(model, [EViT(float(keep_rate), model.specials) if i in layers else None for i in range(len(model.blocks))])
+
+
+def evit_keep_rate(model, macs, layers=None):
+    """The largest keep rate, to 1e-4, with which EViT in `layers` costs at most `macs`, by pyra.count_macs.
+
+    Late layers save little: on ViT-B the paper's 3, 6, 9 reach the "low" budget (k = 0.49), but "high" takes more of
+    them and earlier, such as 1, 3, 5, 7, 9. Raises ValueError where no keep rate is low enough.
+    """
+    layers = check_layers(model, layers)
+
+    def cost(keep_rate):
+        evit, counts = EViT(keep_rate, model.specials), [model.num_patches + model.specials]
+        for i in range(len(model.blocks)):
+            counts.append(evit.tokens_after(counts[-1]) if i in layers else counts[-1])
+        return pyra.macs_of_counts(model, counts)
+
+    if cost(1e-4) > macs:
+        raise ValueError(f"EViT in blocks {layers} costs {cost(1e-4):,} MACs at the least, not {macs:,.0f}: let it act in more blocks or earlier")
+    low, high = 1, 10_000
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle / 10_000) <= macs else (low, middle - 1)
+    return low / 10_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ToFu
+
+
+def mlerp(tokens, matching):
+    """Merges by MLERP: a group's mean, every token counting as one, stretched to the largest norm in the group. Tracks no sizes."""
+    order, dst = matching
+    stay, src = order.split([order.shape[1] - dst.shape[1], dst.shape[1]], dim=1)
+    x, x_src = pyra.take(tokens.x, stay), pyra.take(tokens.x, src)
+    norm = x.float().norm(dim=-1).scatter_reduce(1, dst, x_src.float().norm(dim=-1), "amax")
+    mean = F.normalize(pyra.add_at(x, dst, x_src).float(), dim=-1) * norm[..., None]  # of a sum or a mean, the direction is the same
+    alone = torch.ones_like(norm).scatter(1, dst, 0) > 0
+    place = torch.cat([torch.arange(x.shape[1], device=dst.device).expand(len(dst), -1), dst], dim=1)
+    new_index = torch.empty_like(order).scatter(1, order, place)
+    return tokens._replace(x=torch.where(alone[..., None], x, mean.to(x.dtype)), source=follow(tokens.source, new_index))
+
+
+class ToFu(pyra.ToMe):
+    """ToMe's matching, whose sources are pruned in the early blocks and merged by MLERP in the late ones."""
+
+    def __init__(self, r, late, specials=1):
+        super().__init__(r, specials)
+        self.late = late
+
+    def forward(self, tokens, attention):
+        n = tokens.x.shape[1]
+        if self.tokens_after(n) == n:
+            return tokens
+        matching = self.match(attention)
+        return mlerp(tokens, matching) if self.late else pick(tokens, matching.order[:, :self.tokens_after(n)])
+
+
+def add_tofu(model, r):
+    """ToFu, token fusion (Kim et al., WACV 2024, arXiv 2312.01026): early blocks prune the r most similar patches, late ones merge them.
+
+    r as in pyra.add_tome. Blocks up to the middle, 0 to 6 of 12, prune: the early layers are far from linear, and an average
+    of two tokens means little to them. The others merge by MLERP, which keeps the norms that averaging shrinks. No code of
+    the authors is public; ports of it divide by the destination's norm instead of the mean's, so that the norm is not the
+    largest of the group as it should be. Sizes are not tracked: there is no proportional attention. Returns the model.
+    Raises ValueError.
+    """
+    middle = len(model.blocks) // 2
+    return set_reducers(model, [ToFu(entry, i > middle, model.specials) if entry else None for i, entry in enumerate(pyra.check_schedule(model, r))])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ATS
+
+
+class ATS(nn.Module):
+    """Samples at most `count` tokens, special ones included, by the class token's attention. How many differ, the image decides."""
+
+    def __init__(self, count, specials=1):
+        super().__init__()
+        self.count, self.specials = count, specials
+        self.settings = dict(count=count)
+
+    def tokens_after(self, n):
+        raise ValueError("ATS keeps as many tokens as an image needs: forward_counted counts them, mean_macs their cost")
+
+    @torch.no_grad()
+    def sample(self, attention, size):
+        """Which tokens stay, (b, n) bool."""
+        p = self.specials
+        norm = rearrange(attention.v.float(), "b h n d -> b n (h d)").norm(dim=-1)
+        score = attention_rows(attention, size, queries=1).sum(dim=(1, 2)) * norm
+        score, order = score[:, p:].sort(dim=1, stable=True)  # dead ones come first, with a score of 0
+        cdf = score.cumsum(dim=1)
+        points = (torch.arange(self.count - p, device=cdf.device) + 0.5) / (self.count - p)
+        drawn = torch.searchsorted(cdf, points * cdf[:, -1:]).clamp(max=cdf.shape[1] - 1)  # (b, count - p) the first with cdf >= point
+        kept = torch.zeros_like(norm, dtype=torch.bool)
+        kept[:, :p] = True
+        return kept.scatter(1, order.gather(1, drawn) + p, True)
+
+    def forward(self, tokens, attention):
+        tokens = pyra.with_sizes(tokens)
+        if tokens.x.shape[1] == self.specials:
+            return tokens
+        kept = self.sample(attention, tokens.size)
+        order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :kept.sum(dim=1).amax()]  # padded to the batch's longest
+        return pick(tokens._replace(size=tokens.size * kept[..., None]), order)
+
+    def extra_repr(self):
+        return f"count={self.count}"
+
+
+def add_ats(model, counts):
+    """ATS, adaptive token sampling (Fayyaz et al., ECCV 2022, arXiv 2111.15667): tokens drawn by their significance, duplicates once.
+
+    Significance S_j is the class token's attention to patch j times the norm of its value. Inverse transform sampling at
+    K fixed points of S's cumulative distribution, (2k - 1) / 2K, k = 1..K, gives at most K different patches, fewer where
+    a few carry most of the weight. counts: K with the special tokens, an int, in the last three quarters of the blocks
+    (the paper's layers 3-11, K = 197); or a list with one a block, None: none are dropped. `ats_counts` makes one from a
+    merging schedule. A batch is padded to its longest image with tokens of size 0.
+
+    The published code takes equidistant points from the smallest positive value of the distribution on, and the nearest
+    patch to each. It drops rows inside attention; after it, as here, the result is the same and a little more work is
+    done than `mean_macs` counts. The distillation token is always kept. Returns the model. Raises ValueError.
+    """
+    check_class_token(model, "ATS")
+    depth = len(model.blocks)
+    if isinstance(counts, int):
+        counts = [None] * (depth // 4) + [counts] * (depth - depth // 4)
+    if not isinstance(counts, (list, tuple)) or len(counts) != depth:
+        raise ValueError(f"counts must be an integer or a list with one, or None, for each of the {depth} blocks, not {counts!r}")
+    for i, count in enumerate(counts):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count <= model.specials):
+            raise ValueError(f"block {i}: the count must be an integer greater than the {model.specials} special tokens, or None, not {count!r}")
+    return set_reducers(model, [None if count is None else ATS(count, model.specials) for count in counts])
+
+
+def ats_counts(model, r):
+    """add_ats's counts such that no block keeps more tokens than the merging schedule r leaves; it may keep fewer. Raises ValueError."""
+    n, counts = model.num_patches + model.specials, []
+    for entry in pyra.check_schedule(model, r):
+        n -= min(entry, pyra.most_merges(n, model.specials))
+        counts.append(n if entry else None)
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LTMP
+
+LTMP_TEMPERATURE = 0.1
+
+
+def above(value, threshold):
+    """1 where the value is above the threshold, else 0, with the gradient of a sigmoid."""
+    return straight_through((value > threshold).float(), ((value - threshold) / LTMP_TEMPERATURE).sigmoid())
+
+
+class LTMP(nn.Module):
+    """Merges tokens more similar than one learned threshold, then prunes those less important than another."""
+
+    def __init__(self, specials=1):
+        super().__init__()
+        self.specials = specials
+        self.merge_threshold = nn.Parameter(torch.tensor(0.9))  # at 1 only pruning would be learned
+        self.prune_threshold = nn.Parameter(torch.tensor(0.0))
+
+    def tokens_after(self, n):
+        raise ValueError("LTMP keeps as many tokens as an image needs: forward_counted counts them, mean_macs their cost")
+
+    @torch.no_grad()
+    def similarity(self, attention, dead):
+        """For each even token its highest similarity to an odd one, -inf where it must not merge, and which that is: (b, a) each."""
+        with torch.autocast(dead.device.type, enabled=False):
+            metric = F.normalize(attention.k.mean(dim=1).float(), dim=-1)
+            scores = metric[:, ::2] @ metric[:, 1::2].mT
+        scores = scores.masked_fill(dead[:, ::2, None] | dead[:, None, 1::2], -math.inf)
+        scores[:, 0] = -math.inf
+        if self.specials == 2:
+            scores[:, :, 0] = -math.inf
+        return scores.max(dim=-1)
+
+    @torch.no_grad()
+    def importance(self, attention, size):
+        """The mean attention that a token gets from the living, (b, n); infinite for special tokens, and for dead ones, to keep them out of it."""
+        rows, alive = attention_rows(attention, size).mean(dim=1), (size > 0).float()
+        importance = (rows * alive).sum(dim=1) / alive.sum(dim=1)
+        importance[:, :self.specials] = math.inf
+        return importance.masked_fill(size[..., 0] == 0, math.inf)
+
+    def forward(self, tokens, attention):
+        x, size, source = pyra.with_sizes(tokens)
+        (b, n, _), p = x.shape, self.specials
+        if n == p:
+            return tokens
+        alive, dead = living(size), size[..., 0] == 0
+        number = torch.where(dead[..., None], 1, size.detach())
+        best, partner = self.similarity(attention, dead)
+        importance = self.importance(attention, size.detach())
+
+        # merging: what goes is averaged into its partner, which becomes as important as the most important of them
+        merged = above(best, self.merge_threshold)  # (b, a)
+        gone = merged.detach()[..., None]
+        weight = number[:, ::2] * gone
+        total = pyra.add_at(number[:, 1::2], partner, weight)
+        x_odd = pyra.add_at(x[:, 1::2] * number[:, 1::2].to(x.dtype), partner, x[:, ::2] * weight.to(x.dtype)) / total.to(x.dtype)
+        given = importance[:, ::2].masked_fill(gone[..., 0] == 0, -math.inf)
+        importance = torch.cat([importance[:, ::2], importance[:, 1::2].scatter_reduce(1, partner, given, "amax")], dim=1)
+        x, number = torch.cat([x[:, ::2], x_odd], dim=1), torch.cat([number[:, ::2], total], dim=1)
+        alive = torch.cat([alive[:, ::2] * (1 - merged[..., None]), alive[:, 1::2]], dim=1)
+        evens, place = partner.shape[1], torch.arange(n, device=x.device)
+        new_index = source.new_empty(b, n)
+        new_index[:, ::2] = torch.where(gone[..., 0] > 0, evens + partner, place[:evens])
+        new_index[:, 1::2] = place[evens:]
+
+        # pruning; then the dead go last, so that the next block sees the pairs that it would see if they weren't there
+        alive = alive * above(importance, self.prune_threshold)[..., None]
+        size = sized(number, alive)
+        key = (size.detach()[..., 0] == 0).int() + 1
+        key[:, 0] = 0
+        if p == 2:
+            key[:, evens] = 0
+        order = key.argsort(dim=1, stable=True)
+        if not self.training:
+            order = order[:, :(key < 2).sum(dim=1).amax()]
+        return pick(pyra.Tokens(x, size, follow(source, new_index)), order)
+
+
+def add_ltmp(model):
+    """LTMP, learned thresholds token merging and pruning (Bonnaerens & Dambre, TMLR 2023, arXiv 2307.10780), two thresholds a block.
+
+    Even tokens whose keys are more similar to an odd token's than merge_threshold merge into it, as in ToMe; then tokens
+    whose mean attention, of all heads and queries, is no more than prune_threshold go. In training nothing is removed: the
+    dead have size 0 (see `MaskedAttention`), and a straight-through sigmoid gives the thresholds their gradient. In
+    evaluation a batch is cut to its longest image. Train with the logits and counts of `forward_counted`, `budget_loss`
+    for a budget, `param_groups`, and `clamp_thresholds` after each step.
+
+    The published code leaves the dead where they are in training, so that blocks pair other tokens than in evaluation,
+    and evaluates images one by one. Returns the model. Raises ValueError.
+    """
+    for block in model.blocks:
+        block.attn.__class__ = MaskedAttention
+    return set_reducers(model, [LTMP(model.specials) for _ in model.blocks])
+
+
+@torch.no_grad()
+def clamp_thresholds(model):
+    """After a step of the optimizer: LTMP's thresholds back into [0, 1]."""
+    for block in model.blocks:
+        if isinstance(block.reducer, LTMP):
+            block.reducer.merge_threshold.clamp_(0, 1)
+            block.reducer.prune_threshold.clamp_(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DiffRate
+
+
+def rank(tokens, attention, specials):
+    """The tokens in the order of the class token's attention to them; special ones first, dead ones last."""
+    tokens = pyra.with_sizes(tokens)
+    with torch.no_grad():
+        score = attention_rows(attention, tokens.size, queries=1).mean(dim=(1, 2)).masked_fill(tokens.size[..., 0] == 0, -1)
+        score[:, :specials] = math.inf
+    return pick(tokens, score.argsort(dim=1, descending=True, stable=True))
+
+
+def fuse(tokens, src, dst):
+    """Averages tokens of src into the most similar one of dst, both (b, n) bool; no token is removed, and none gets another place.
+
+    Similarity is the cosine of the tokens themselves. A group's mean counts every token as one; a source adds its size times
+    its similarity to the size. Returns the Tokens, whose size has no gradient.
+    """
+    x, size, source = tokens
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        unit = F.normalize(x.float(), dim=-1)
+        best, partner = (unit @ unit.mT).masked_fill(~dst[:, None], -math.inf).max(dim=-1)
+    gone = src[..., None].float()
+    count = pyra.add_at(torch.ones_like(gone), partner, gone)
+    x = pyra.add_at(x, partner, x * gone.to(x.dtype)) / count.to(x.dtype)
+    size = pyra.add_at(size.detach(), partner, size.detach() * gone * best[..., None].clamp(min=0))
+    here = torch.arange(x.shape[1], device=x.device)
+    return pyra.Tokens(x, size, follow(source, torch.where(src, partner, here)))
+
+
+class FrozenDiffRate(nn.Module):
+    """Keeps the `prune` patches with the most attention from the class token, then merges the last of them until `merge` are left."""
+
+    def __init__(self, prune, merge, specials=1):
+        super().__init__()
+        self.prune, self.merge, self.specials = prune, merge, specials
+        self.settings = dict(prune=prune, merge=merge)
+
+    def tokens_after(self, n):
+        return min(n, self.specials + self.prune, self.specials + self.merge)
+
+    def forward(self, tokens, attention):
+        n, p = tokens.x.shape[1], self.specials
+        if self.tokens_after(n) == n:
+            return tokens
+        tokens = rank(tokens, attention, p)
+        first = torch.arange(min(n, p + self.prune), device=tokens.x.device).expand(len(tokens.x), -1)
+        tokens = pick(tokens, first)
+        tokens = fuse(tokens, first >= p + self.merge, (first >= p) & (first < p + self.merge))
+        return pick(tokens, first[:, :p + self.merge])
+
+    def extra_repr(self):
+        return f"prune={self.prune}, merge={self.merge}"
+
+
+class DiffRate(nn.Module):
+    """FrozenDiffRate whose numbers are trained: each is the expectation of `candidates` under the softmax of its logits."""
+
+    def __init__(self, candidates, granularity, specials=1):
+        super().__init__()
+        self.specials, self.settings = specials, dict(granularity=granularity)
+        self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32), persistent=False)
+        self.prune_logits = nn.Parameter(torch.zeros(len(candidates)))
+        self.merge_logits = nn.Parameter(torch.zeros(len(candidates)))
+
+    def patches(self, logits):
+        """How many patches stay: the expectation, rounded up, straight through. A scalar."""
+        mean = (logits.softmax(dim=0) * self.candidates).sum()  # no product of matrices: autocast would round the number of tokens
+        return straight_through((mean.detach() - 1e-3).ceil(), mean)  # 1e-3: a mean of 100 may be a little more in floating point
+
+    def rates(self):
+        """(prune, merge) as ints."""
+        return int(self.patches(self.prune_logits)), int(self.patches(self.merge_logits))
+
+    def frozen(self):
+        return FrozenDiffRate(*self.rates(), self.specials)
+
+    def tokens_after(self, n):
+        return self.frozen().tokens_after(n)
+
+    def count(self, n):
+        """The tokens of n (b,) that stay. The gradient goes to both numbers, though one alone is the lesser, and not to n."""
+        prune, merge = (self.specials + self.patches(logits) for logits in (self.prune_logits, self.merge_logits))
+        least = torch.minimum(n, torch.minimum(prune, merge)).detach()
+        return straight_through(least, prune + merge)
+
+    def mask(self, logits, place):
+        """(n, 1) 1 for the patches that stay, of those at place (n,) 1, 2, ...; its gradient is the probability of a candidate of place or more."""
+        soft = (logits.softmax(dim=0)[:, None] * (self.candidates[:, None] >= place)).sum(dim=0)
+        return straight_through((place <= self.patches(logits)).float(), soft)[:, None]
+
+    def forward(self, tokens, attention):
+        if not self.training:
+            return self.frozen()(tokens, attention)
+        tokens = rank(tokens, attention, self.specials)
+        place = torch.arange(tokens.x.shape[1], device=tokens.x.device) - self.specials + 1  # of a patch 1, 2, ..., of a special token 0 or less
+        alive = living(tokens.size) * self.mask(self.prune_logits, place)
+        here, keep = alive.detach()[..., 0] > 0, self.mask(self.merge_logits, place)
+        best = keep.detach()[:, 0] > 0
+        x, size, source = fuse(tokens, here & ~best, here & best & (place > 0))
+        return pyra.Tokens(x, sized(size, alive * keep), torch.where(here.gather(1, source.clamp(min=0)), source, -1))
+
+
+def add_diffrate(model, granularity=4):
+    """DiffRate, differentiable compression rate (Chen et al., ICCV 2023, arXiv 2305.17997): learns how many patches each block prunes and merges.
+
+    A block ranks the patches by the class token's attention, keeps the best and merges the last of those into the most
+    similar of the others. Both numbers are expectations over the candidates T, T - granularity, ... of T patches, under the
+    softmax of trained logits; the first block has but one candidate, all patches, and with global_pool="avg" so has the
+    last. In training nothing is removed: the dead have size 0 (see `MaskedAttention`), and the probability that a rank is
+    kept gives the logits their gradient. In evaluation the tokens are cut. Train with the logits and counts of
+    `forward_counted`, `budget_loss` for a budget, and `param_groups`; then `freeze_diffrate`.
+
+    A merged token's size grows by the sources' similarity, which the published code lets be negative, so that in
+    evaluation a size could be; here it is at least 0. Special tokens are always kept. Returns the model. Raises ValueError.
+    """
+    if isinstance(granularity, bool) or not isinstance(granularity, int) or not 1 <= granularity <= model.num_patches:
+        raise ValueError(f"granularity must be an integer from 1 to {model.num_patches}, not {granularity!r}")
+    reducers = []
+    for i, block in enumerate(model.blocks):
+        whole = i == 0 or i == len(model.blocks) - 1 and model.global_pool == "avg"
+        candidates = [model.num_patches] if whole else list(range(model.num_patches, 0, -granularity))
+        reducers.append(DiffRate(candidates, granularity, model.specials))
+        block.attn.__class__ = MaskedAttention
+    return set_reducers(model, reducers)
+
+
+def diffrate_rates(model):
+    """The numbers of patches that DiffRate keeps, a list with one (prune, merge) a block. Raises ValueError."""
+    if not all(isinstance(block.reducer, (DiffRate, FrozenDiffRate)) for block in model.blocks):
+        raise ValueError("the model has no DiffRate: add_diffrate adds it")
+    return [block.reducer.rates() if isinstance(block.reducer, DiffRate) else (block.reducer.prune, block.reducer.merge) for block in model.blocks]
+
+
+def freeze_diffrate(model, rates=None):
+    """Replaces DiffRate's logits by the numbers that they came to: from now on tokens are cut in training too. Returns the model.
+
+    rates: `diffrate_rates` of another model instead, say to load its adapter. The optimizer's groups change: the logits
+    are gone. Raises ValueError.
+    """
+    found = diffrate_rates(model)
+    rates = found if rates is None else rates
+    if len(rates) != len(found) or not all(len(pair) == 2 and all(type(k) is int and 1 <= k <= model.num_patches for k in pair) for pair in rates):
+        raise ValueError(f"rates must be one (prune, merge) for each of the {len(found)} blocks, integers from 1 to {model.num_patches}, not {rates!r}")
+    return set_reducers(model, [FrozenDiffRate(*pair, model.specials) for pair in rates])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training reducers to a budget
+
+# AdamW's learning rates, none with weight decay. An importance is about 1 / n, and so is the threshold for it.
+REDUCER_LRS = {"merge_threshold": 5e-3, "prune_threshold": 5e-6, "prune_logits": 1e-2, "merge_logits": 1e-2}
+
+
+def param_groups(model, **settings):
+    """pyra.param_groups(model, **settings), but LTMP's thresholds and DiffRate's logits apart, with the learning rates of their papers."""
+    own = {id(p): name for block in model.blocks if block.reducer for name, p in block.reducer.named_parameters() if name in REDUCER_LRS}
+    groups = pyra.param_groups(model, **settings)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+    apart = [dict(name=name, params=[p for p in model.parameters() if own.get(id(p)) == name and p.requires_grad], lr=lr, weight_decay=0.0)
+             for name, lr in REDUCER_LRS.items()]
+    return [group for group in groups + apart if group["params"]]
+
+
+def budget_loss(model, counts, macs):
+    """What to add to the loss for a model with LTMP or DiffRate to cost `macs`: weight ((MACs of counts - macs) / MACs of all blocks, plain)^2.
+
+    counts: (depth + 1, b) of `forward_counted`; the batch's mean counts. weight: LTMP's is 10. DiffRate's is 5 for MACs in
+    units of 1e9, on ViT-B, whose blocks have 17.4 of those: as a ratio it means the same on a backbone of any size.
+    Raises ValueError.
+    """
+    weights = {LTMP: 10.0, DiffRate: 5 * 17.4**2}
+    kind = type(model.blocks[-1].reducer)
+    if kind not in weights:
+        raise ValueError("the model has neither LTMP nor DiffRate: no budget is trained")
+    n, depth = model.num_patches + model.specials, len(model.blocks)
+    plain = pyra.macs_of_counts(model, [n] * (depth + 1)) - pyra.macs_of_counts(model, [0] * (depth + 1))
+    return weights[kind] * ((pyra.macs_of_counts(model, counts.mean(dim=1)) - macs) / plain) ** 2
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parameter-efficient fine-tuning
@@ -115,13 +713,14 @@ class Convpass(nn.Module):
 
         Merging breaks up the grid, and Convpass does not say what then. Here each patch reads the token that holds it, the
         convolution runs over the whole grid, and a token gets the mean of its patches; nothing merged, it is Convpass.
-        This needs a reducer that merges: a patch whose token is gone has no place in it.
+        A patch whose token is gone (source -1) reads zero, as beyond the border.
         A token without a patch, such as a special one, is an image of its own, 1x1: of the kernel it sees the centre.
         """
         z = quick_gelu(self.down(x))  # (b, n, h)
         where = source[:, source.shape[1] - self.grid**2:]
-        patches = self.conv(rearrange(pyra.take(z, where), "b (y x) h -> b h y x", y=self.grid))
-        patches = F.pad(rearrange(patches, "b h y x -> b (y x) h").float(), (0, 1), value=1.0)  # a 1 more, which counts them
+        held, where = where[..., None] >= 0, where.clamp(min=0)
+        patches = self.conv(rearrange(torch.where(held, pyra.take(z, where), 0), "b (y x) h -> b h y x", y=self.grid))
+        patches = F.pad(rearrange(patches, "b h y x -> b (y x) h").float(), (0, 1), value=1.0) * held  # a 1 more, which counts them
         total = pyra.add_at(patches.new_zeros(*x.shape[:2], patches.shape[2]), where, patches)
         total, count = total[..., :-1], total[..., -1:]
         alone = F.linear(z, self.conv.weight[:, :, 1, 1], self.conv.bias)
@@ -319,14 +918,16 @@ def add_snf(model, flows=0, affine=True):
     return finish_peft(model, "SNF", flows=flows, affine=bool(affine))
 
 
-def peft_macs(model):
+def peft_macs(model, counts=None):
     """Multiply-accumulates that a PEFT adds to one image's forward pass; all in all the model costs count_macs + peft_macs.
+
+    counts: tokens before the first block and after each, where they are not the model's `pyra.token_counts`.
 
     For what can't be folded in, Adapter, Convpass and SNF, and for FacT until merge_fact. LoRA counts as folded in: 0.
     Activations, biases and the gathering and averaging of Convpass's patches are left out, and what FacT spends once a
     batch, whatever its size, on Sigma U.
     """
-    macs, counts = 0, pyra.token_counts(model)
+    macs, counts = 0, pyra.token_counts(model) if counts is None else counts
     for block, n, m in zip(model.blocks, counts, counts[1:]):
         for name, module in block.named_modules():
             if isinstance(module, (Adapter, Convpass, FacTLinear, Flow)):

@@ -151,7 +151,12 @@ def solve_macs(model, flops_ratio, remaining=4):
 class Tokens(NamedTuple):
     x: torch.Tensor  # (b, n, c) special tokens first
     size: torch.Tensor | None  # (b, n, 1) float32: how many tokens each one stands for; None: one each; 0: dead
-    source: torch.Tensor  # (b, n0) int64: for each token of the input, the index of the one that now holds it
+    source: torch.Tensor  # (b, n0) int64: for each token of the input, the index of the one that now holds it; -1: none does
+
+
+def with_sizes(tokens):
+    """The Tokens with their sizes in numbers, ones where that was None."""
+    return tokens if tokens.size is not None else tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=tokens.x.device))
 
 
 class QKV(NamedTuple):
@@ -507,20 +512,22 @@ class VisionTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward_tokens(self, images, depth=None):
-        """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
+    def embed(self, images):
+        """images (b, 3, img_size, img_size), normalised -> the Tokens before the first block."""
         if images.ndim != 4 or images.shape[1:] != (3, self.img_size, self.img_size):
             raise ValueError(f"images must be (b, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
         specials = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         specials = repeat(torch.cat(specials, dim=1), "1 p c -> b p c", b=images.shape[0])
         x = torch.cat([specials, self.patch_embed(images)], dim=1) + self.pos_embed
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
-        tokens = Tokens(x, None, source)
+        return Tokens(x, None, source)
+
+    def forward_tokens(self, images, depth=None):
+        """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
+        tokens = self.embed(images)
         for block in self.blocks[:depth]:
             tokens = block(tokens)
-        if tokens.size is None:
-            tokens = tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=x.device))
-        return tokens
+        return with_sizes(tokens)
 
     def pool(self, tokens):
         """Tokens after the last block -> what the head reads, (b, c)."""
@@ -839,6 +846,7 @@ def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
     qkv = model.blocks[0].attn.qkv
     reducers = [block.reducer for block in model.blocks]
+    settings = [getattr(reducer, "settings", None) for reducer in reducers]  # a reducer's other than r, where it has any
     frozen = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist."):
@@ -852,6 +860,7 @@ def describe(model):
         peft=model.peft,
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
+        settings=settings if any(settings) else None,
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
         prop_attn=[block.prop_attn for block in model.blocks],
         backbone=frozen.hexdigest(),

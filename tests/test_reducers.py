@@ -1,0 +1,838 @@
+"""The other token reducers against naive loops, the papers' figures and their own promises."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import baselines
+import pyra
+from small import R, TINY, one_thread, randomise, tiny  # noqa: F401 (one_thread is a fixture)
+
+RATES = [(36, 36), (25, 20), (30, 9)]  # patches that DiffRate keeps, of 36
+
+
+def batch(b=3, seed=0):
+    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return pyra.create_model(name, **kwargs)
+
+
+def add_ltmp(model, merge=0.6, prune=0.012):
+    """With thresholds that merge some, prune some, and more in some images than in others."""
+    baselines.add_ltmp(model)
+    for block in model.blocks:
+        block.reducer.merge_threshold.data.fill_(merge)
+        block.reducer.prune_threshold.data.fill_(prune)
+    return model
+
+
+def add_diffrate(model, rates=RATES, granularity=1):
+    """With logits that come to these rates."""
+    baselines.add_diffrate(model, granularity)
+    for block, pair in zip(model.blocks, rates):
+        for logits, kept in zip((block.reducer.prune_logits, block.reducer.merge_logits), pair):
+            logits.data = -0.5 * (block.reducer.candidates - kept + 0.5).abs()  # 0.5: the mean is rounded up
+    return model
+
+
+def freeze_diffrate(model):
+    return baselines.freeze_diffrate(baselines.add_diffrate(model), RATES)
+
+
+REDUCERS = {
+    "evit": lambda model: baselines.add_evit(model, 0.7, [0, 1, 2]),
+    "tofu": lambda model: baselines.add_tofu(model, R),
+    "ats": lambda model: baselines.add_ats(model, [30, 25, 20]),
+    "ltmp": add_ltmp,
+    "diffrate": add_diffrate,
+    "frozen_diffrate": freeze_diffrate,
+}
+PEFTS = {
+    "lora": lambda model: pyra.add_lora(model, rank=4),
+    "adapter": lambda model: baselines.add_adapter(model, dim=4),
+    "convpass": lambda model: baselines.add_convpass(model, dim=4, scale=0.5),
+    "fact": lambda model: baselines.add_fact(model, rank=4, scale=5),
+    "snf": lambda model: baselines.add_snf(model, flows=1),
+}
+every_reducer = pytest.mark.parametrize("reducer", REDUCERS)
+every_peft = pytest.mark.parametrize("peft", PEFTS)
+masked = pytest.mark.parametrize("reducer", ["ltmp", "diffrate"])
+class_or_both = pytest.mark.parametrize("distilled", [False, True])
+
+
+def reduced(reducer, peft=None, **kwargs):
+    """A small, random ViT with a reducer, and a PEFT whose parameters are random too, in eval mode."""
+    model = tiny(**kwargs)
+    model = model if peft is None else randomise(PEFTS[peft](model))
+    for block in model.blocks:
+        if peft is not None and peft != "lora":
+            for name, module in block.named_modules():
+                module.dropout = 0.0 if isinstance(getattr(module, "dropout", None), float) else getattr(module, "dropout", None)
+        elif peft == "lora":
+            block.attn.qkv.dropout = 0.0
+    return REDUCERS[reducer](model).eval()
+
+
+def attention(b, n, seed=0, h=3, d=8):
+    return pyra.QKV(*numbers(3, b, h, n, d, seed=seed))
+
+
+def probabilities(qkv, image, size=None):
+    """The attention of an image, (h, n, n)."""
+    weight = (qkv.q[image] @ qkv.k[image].mT / math.sqrt(qkv.q.shape[-1])).exp()
+    weight = weight if size is None else weight * size[image, :, 0]
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def tokens_of(b=2, n=13, specials=1, seed=0, size=None):
+    """Tokens of which some hold a few of 20 patches, and of what is special each itself."""
+    where = torch.randint(specials, n, (b, 20), generator=torch.Generator().manual_seed(seed))
+    return pyra.Tokens(numbers(b, n, 24, seed=seed + 1), size, torch.cat([torch.arange(specials).expand(b, -1), where], dim=1))
+
+
+def as_groups(tokens, image):
+    """Living tokens as a list of (x, size, the input's tokens that it holds), in their order."""
+    size = torch.ones(tokens.x.shape[1]) if tokens.size is None else tokens.size[image, :, 0].detach()
+    return [(tokens.x[image, j].detach(), size[j].item(), {i for i, s in enumerate(tokens.source[image].tolist()) if s == j})
+            for j in range(tokens.x.shape[1]) if size[j] > 0]
+
+
+def same_groups(found, expected):
+    assert len(found) == len(expected)
+    for (x, size, held), (y, other, those) in zip(found, expected):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        assert size == pytest.approx(other, rel=1e-4) and held == those
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What all of them promise
+
+
+@every_reducer
+@class_or_both
+def test_two_forwards_agree_and_so_do_training_and_evaluation(reducer, distilled):
+    """Where tokens are masked in training and cut in evaluation the logits are the same; the counts are in both."""
+    model = reduced(reducer, distilled=distilled)
+    logits, counts = baselines.forward_counted(model, batch())
+    assert torch.equal(model(batch()), logits) and torch.equal(model(batch()), logits)
+    model.train()
+    trained_logits, trained_counts = baselines.forward_counted(model, batch())
+    torch.testing.assert_close(trained_logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(trained_counts, counts) and counts.shape == (4, 3)
+    assert (counts[0] == 36 + model.specials).all() and (counts[-1] < counts[0]).all()
+    assert not torch.allclose(tiny(distilled=distilled)(batch()), logits, rtol=1e-2)
+
+
+@every_reducer
+@class_or_both
+def test_special_tokens_keep_their_places(reducer, distilled):
+    """In front, alive, and holding nothing else."""
+    for model in (reduced(reducer, distilled=distilled), reduced(reducer, distilled=distilled).train()):
+        tokens, p = model.forward_tokens(batch()), model.specials
+        assert (tokens.source[:, :p] == torch.arange(p)).all() and (tokens.size[:, :p] == 1).all()
+        assert ((tokens.source[:, p:] >= p) | (tokens.source[:, p:] == -1)).all() and (tokens.source < tokens.x.shape[1]).all()
+        gone = torch.where(tokens.source < 0, 1, tokens.size[..., 0].gather(1, tokens.source.clamp(min=0)))
+        assert (gone > 0).all()  # a dead token holds nothing
+
+
+@every_reducer
+def test_results_do_not_depend_on_the_rest_of_the_batch(reducer):
+    model, images = reduced(reducer), batch(5)
+    logits, counts = baselines.forward_counted(model, images)
+    for i in range(5):
+        alone, count = baselines.forward_counted(model, images[i:i + 1])
+        torch.testing.assert_close(alone[0], logits[i], rtol=1e-4, atol=1e-5)
+        assert torch.equal(count[:, 0], counts[:, i])
+        assert model.forward_tokens(images[i:i + 1]).x.shape[1] == count[-1, 0]  # the dead are really removed
+    assert (len(counts[-1].unique()) > 1) == (reducer in ("ats", "ltmp"))
+
+
+@every_reducer
+@every_peft
+def test_with_every_peft(reducer, peft):
+    """Training and evaluation agree, before or after the PEFT is the same, and the gradients reach exactly what is trained."""
+    model = reduced(reducer, peft)
+    logits = model(batch())
+    torch.testing.assert_close(model.train()(batch()), logits, rtol=1e-4, atol=1e-5)
+    other = randomise(PEFTS[peft](REDUCERS[reducer](pyra.VisionTransformer(**TINY))))
+    assert trained(other).keys() == trained(model).keys()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.eval()(batch()), logits, rtol=1e-4, atol=1e-5)
+
+    logits, counts = baselines.forward_counted(model, batch())
+    loss = F.cross_entropy(logits, torch.arange(3))
+    if reducer in ("ltmp", "diffrate"):
+        loss = loss + baselines.budget_loss(model, counts, 0.4 * pyra.count_macs(tiny()))
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == pyra.is_adapter(name), name
+        if name.endswith("_logits") and name.startswith("blocks.0."):
+            assert not p.grad.any()  # one candidate
+        else:
+            assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
+            assert p.grad is None or p.grad.isfinite().all(), name
+    assert sum(".reducer." in name for name in trained(model)) == (6 if reducer in ("ltmp", "diffrate") else 0)
+
+
+@every_reducer
+def test_bf16(reducer):
+    """Under autocast on a bf16 backbone the tokens stay bf16, and the gradients are finite."""
+    model = reduced(reducer, "lora")
+    logits = model(batch())
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(batch())
+        tokens = model.train().forward_tokens(batch())
+        out, counts = baselines.forward_counted(model, batch())
+    assert tokens.x.dtype == torch.bfloat16 and tokens.size.dtype == counts.dtype == torch.float32
+    assert (low.float() - logits).abs().mean() < 0.3 * logits.abs().mean()  # a few tokens change their rank
+    (out.float().square().sum() + counts.sum()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trained(model).values())
+
+
+@every_reducer
+def test_activation_checkpointing(reducer):
+    """Nothing is hidden between forwards: computed again, the gradients are the same."""
+    model = reduced(reducer, "lora").train()
+
+    def gradients(run):
+        tokens = model.embed(batch())
+        for block in model.blocks:
+            tokens = run(block, tokens)
+        return torch.autograd.grad(tokens.x.square().mean(), [block.attn.qkv.lora_a for block in model.blocks])
+
+    plain = gradients(lambda block, tokens: block(tokens))
+    again = gradients(lambda block, tokens: checkpoint(block, tokens, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again)) and plain[0].any()
+
+
+@pytest.mark.parametrize("reducer", ["evit", "tofu", "frozen_diffrate", "ltmp", "diffrate"])
+def test_compile(reducer):
+    """One graph, without a break, for the step of training."""
+    torch.compiler.reset()
+    model = reduced(reducer).train()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(batch()), model(batch()))
+
+
+@every_reducer
+@pytest.mark.parametrize("peft", ["lora", "convpass"])
+def test_adapter_files(tmp_path, reducer, peft):
+    """A fresh model with the file gives the same logits, thresholds and rates among them."""
+    model, fresh = reduced(reducer, peft), reduced(reducer, peft)
+    for p in trained(fresh).values():
+        p.data.zero_()
+    pyra.save_adapter(model, tmp_path / "a.safetensors")
+    assert not torch.allclose(fresh(batch()), model(batch()))
+    assert torch.equal(pyra.load_adapter(fresh, tmp_path / "a.safetensors")(batch()), model(batch()))
+
+
+@pytest.mark.parametrize("one, other", [
+    (lambda model: baselines.add_evit(model, 0.7, [1]), lambda model: baselines.add_evit(model, 0.6, [1])),
+    (lambda model: baselines.add_evit(model, 0.7, [1]), lambda model: baselines.add_evit(model, 0.7, [2])),
+    (lambda model: baselines.add_tofu(model, 3), lambda model: pyra.add_tome(model, 3)),
+    (lambda model: baselines.add_tofu(model, 3), lambda model: baselines.add_tofu(model, 4)),
+    (lambda model: baselines.add_ats(model, 20), lambda model: baselines.add_ats(model, 21)),
+    (lambda model: baselines.add_ltmp(model), lambda model: model),
+    (lambda model: baselines.add_diffrate(model, 4), lambda model: baselines.add_diffrate(model, 2)),
+    (freeze_diffrate, lambda model: baselines.freeze_diffrate(baselines.add_diffrate(model), [(36, 36), (25, 20), (30, 8)])),
+])
+def test_adapter_files_of_another_reducer_are_refused(tmp_path, one, other):
+    path = tmp_path / "a.safetensors"
+    pyra.save_adapter(one(pyra.add_lora(tiny(), rank=2)), path)
+    pyra.load_adapter(one(pyra.add_lora(tiny(), rank=2)), path)
+    with pytest.raises(ValueError, match="doesn't fit the model: its (settings|reducers|r) (is|are)"):
+        pyra.load_adapter(other(pyra.add_lora(tiny(), rank=2)), path)
+
+
+def test_adapter_files_of_before_there_were_settings_still_load(tmp_path):
+    from safetensors.torch import save_file
+
+    model, path = randomise(pyra.add_pyra(pyra.add_lora(tiny(), rank=2), R)), tmp_path / "a.safetensors"
+    metadata = {key: value for key, value in pyra.describe(model).items() if key != "settings"}
+    save_file({name: p.detach() for name, p in trained(model).items()}, path, {"format": "pyra-adapter", **metadata})
+    pyra.load_adapter(model, path)
+
+
+@every_reducer
+def test_another_reducer_takes_its_place(reducer):
+    """ToMe added afterwards is ToMe, and what was learned for the other is gone."""
+    model = pyra.add_tome(reduced(reducer), R)
+    assert torch.equal(model(batch()), pyra.add_tome(tiny(), R)(batch()))
+    assert model.state_dict().keys() == tiny().state_dict().keys()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda model: baselines.add_evit(model, 0), "keep_rate must be greater than 0 and at most 1, not 0"),
+    (lambda model: baselines.add_evit(model, 1.1), "keep_rate must be greater than 0 and at most 1, not 1.1"),
+    (lambda model: baselines.add_evit(model, 0.5, [1, 1]), r"layers must be a list of different blocks from 0 to 2, not \[1, 1\]"),
+    (lambda model: baselines.add_evit(model, 0.5, [3]), r"layers must be a list of different blocks from 0 to 2, not \[3\]"),
+    (lambda model: baselines.add_evit(tiny(global_pool="avg")), "EViT ranks patches by the class token's attention, and a model with global_pool='avg' does not"),
+    (lambda model: baselines.evit_keep_rate(model, 1000), r"EViT in blocks \[0, 1, 2\] costs .* MACs at the least, not 1,000: let it act in more blocks or earlier"),
+    (lambda model: baselines.add_tofu(model, [1, 2]), "the schedule has 2 entries, the model 3 blocks"),
+    (lambda model: baselines.add_tofu(model, -1), "block 0: r must be at least 0, not -1"),
+    (lambda model: baselines.add_ats(model, [20, 20]), "counts must be an integer or a list with one, or None, for each of the 3 blocks"),
+    (lambda model: baselines.add_ats(model, [20, 1, None]), "block 1: the count must be an integer greater than the 1 special tokens, or None, not 1"),
+    (lambda model: baselines.add_ats(model, True), "block 0: the count must be an integer"),
+    (lambda model: baselines.add_ats(tiny(global_pool="avg"), 20), "ATS ranks patches by the class token's attention"),
+    (lambda model: baselines.add_diffrate(model, 0), "granularity must be an integer from 1 to 36, not 0"),
+    (lambda model: baselines.add_diffrate(model, 37), "granularity must be an integer from 1 to 36, not 37"),
+    (lambda model: baselines.diffrate_rates(model), "the model has no DiffRate: add_diffrate adds it"),
+    (lambda model: baselines.freeze_diffrate(baselines.add_diffrate(copy.deepcopy(model)), [(3, 0)] * 3), r"rates must be one \(prune, merge\) for each of the 3 blocks"),
+    (lambda model: baselines.budget_loss(model, torch.ones(4, 2), 1e6), "the model has neither LTMP nor DiffRate: no budget is trained"),
+    (lambda model: pyra.count_macs(baselines.add_ats(copy.deepcopy(model), 20)), "ATS keeps as many tokens as an image needs"),
+    (lambda model: pyra.token_counts(baselines.add_ltmp(copy.deepcopy(model))), "LTMP keeps as many tokens as an image needs"),
+])
+def test_refused(call, message):
+    """In one sentence, before anything is touched."""
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert all(block.reducer is None and type(block.attn) is pyra.Attention for block in model.blocks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where nothing goes, the model is the plain one
+
+
+def test_evit_that_keeps_all_is_plain():
+    assert torch.equal(baselines.add_evit(tiny(), 1, [0, 1, 2])(batch()), tiny()(batch()))
+
+
+def test_tofu_that_merges_nothing_is_plain():
+    assert torch.equal(baselines.add_tofu(tiny(), 0)(batch()), tiny()(batch()))
+
+
+def test_ats_with_points_for_every_patch_is_plain():
+    logits, counts = baselines.forward_counted(baselines.add_ats(tiny(), [1_000_000] * 3), batch())
+    torch.testing.assert_close(logits, tiny()(batch()))
+    assert (counts == 37).all()
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+@class_or_both
+def test_ltmp_whose_thresholds_never_fire_is_plain(global_pool, distilled):
+    """But for the order of the tokens."""
+    model = add_ltmp(tiny(global_pool=global_pool, distilled=distilled), merge=1.0, prune=0.0)
+    for mode in (True, False):
+        logits, counts = baselines.forward_counted(model.train(mode), batch())
+        torch.testing.assert_close(logits, tiny(global_pool=global_pool, distilled=distilled)(batch()), rtol=1e-4, atol=1e-5)
+        assert (counts == 36 + model.specials).all()
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_diffrate_that_keeps_all_is_plain(global_pool):
+    model = add_diffrate(tiny(global_pool=global_pool))
+    for block in model.blocks:
+        block.reducer.prune_logits.data[0] = block.reducer.merge_logits.data[0] = 50
+    for mode in (True, False):
+        logits, counts = baselines.forward_counted(model.train(mode), batch())
+        torch.testing.assert_close(logits, tiny(global_pool=global_pool)(batch()), rtol=1e-4, atol=1e-5)
+        assert (counts == 37).all()
+
+
+@pytest.mark.parametrize("reducer", ["tofu", "ltmp", "diffrate", "frozen_diffrate"])
+def test_with_an_average_pool(reducer):
+    """The dead are not in the average: training and evaluation agree."""
+    model = reduced(reducer, global_pool="avg")
+    logits = model(batch())
+    assert not torch.allclose(logits, tiny(global_pool="avg")(batch()), rtol=1e-2)
+    torch.testing.assert_close(model.train()(batch()), logits, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dead tokens
+
+
+def test_masked_attention_is_the_formula_with_its_gradients():
+    attn, qkv = tiny().blocks[0].attn, attention(2, 7)
+    attn.__class__ = baselines.MaskedAttention
+    size = torch.tensor([1.0, 0, 2, 0, 1, 3, 1]).expand(2, -1)[..., None].clone().requires_grad_()
+    weight = (qkv.q @ qkv.k.mT / math.sqrt(8)).exp() * size.mT[:, None]
+    expected = attn.proj((weight / weight.sum(dim=-1, keepdim=True) @ qkv.v).transpose(1, 2).flatten(2))
+    out = attn(qkv, size)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, pyra.Attention.forward(attn, qkv, size.detach()), rtol=1e-4, atol=1e-5)
+    found, right = (torch.autograd.grad(y.square().sum(), size, retain_graph=True)[0] for y in (out, expected))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert (found[:, [1, 3]] != 0).all()  # the dead ones' too
+
+
+def test_a_dead_key_with_a_huge_score_leaves_the_living_their_attention():
+    attn, qkv = tiny().blocks[0].attn, attention(1, 5)
+    attn.__class__ = baselines.MaskedAttention
+    qkv.k[:, :, 2] = 1000 * qkv.q[:, :, 0]
+    size = torch.tensor([1.0, 1, 0, 1, 1])[None, :, None].requires_grad_()
+    out = attn(qkv, size)
+    torch.testing.assert_close(out, pyra.Attention.forward(attn, qkv, size.detach()))
+    assert torch.autograd.grad(out.sum(), size)[0].isfinite().all()
+
+
+def test_sizes_carry_who_lives():
+    """Back out comes what went in, in value and gradient, of the dead as of the living."""
+    logits, number = numbers(1, 6, 1).requires_grad_(), torch.tensor([1.0, 2, 3, 4, 5, 6])[None, :, None]
+    alive = baselines.straight_through((logits > 0).float(), logits.sigmoid())
+    size = baselines.sized(number, alive)
+    assert torch.equal(size, number * (logits > 0)) and torch.equal(baselines.living(size), (logits > 0).float()) and 0 < size.count_nonzero() < 6
+    weight = numbers(1, 6, 1, seed=1)
+    found = torch.autograd.grad((weight * baselines.living(size)).sum(), logits)[0]
+    torch.testing.assert_close(found, weight * logits.sigmoid() * (1 - logits.sigmoid()))
+
+
+def test_pick():
+    tokens = tokens_of(size=torch.tensor([1.0, 2, 0] + [1] * 10).expand(2, -1)[..., None])
+    order = torch.tensor([[0, 5, 2, 1], [0, 1, 2, 12]])
+    found = baselines.pick(tokens, order)
+    for image in range(2):
+        assert torch.equal(found.x[image], tokens.x[image, order[image]]) and torch.equal(found.size[image], tokens.size[image, order[image]])
+        for before, after in zip(tokens.source[image].tolist(), found.source[image].tolist()):
+            assert after == (order[image].tolist().index(before) if before in order[image] and before != 2 else -1)
+    again = baselines.pick(found, torch.tensor([[0, 3], [0, 3]]))  # gone is gone
+    assert (again.source[found.source < 0] == -1).all() and (found.source < 0).any()
+
+
+def test_convpass_reads_zero_where_a_patch_is_gone():
+    bypass, x = PEFTS["convpass"](tiny()).blocks[0].peft_attn, numbers(2, 10, 24)
+    with torch.no_grad():
+        for p in bypass.parameters():
+            p.copy_(numbers(*p.shape))
+    where = torch.randint(-1, 9, (2, 36), generator=torch.Generator().manual_seed(0))  # token 9 holds none
+    where[where == 0] = -1
+    out = bypass(x, torch.cat([torch.zeros(2, 1, dtype=torch.int64), where], dim=1))
+    z = baselines.quick_gelu(bypass.down(x))
+    for image in range(2):
+        grid = torch.stack([z[image, j] if j > 0 else torch.zeros(4) for j in where[image].tolist()]).T.reshape(1, 4, 6, 6)
+        grid = bypass.conv(grid).flatten(2)[0].T
+        for j in range(10):
+            own = grid[where[image] == j]
+            mixed = own.mean(dim=0) if len(own) else F.linear(z[image, j], bypass.conv.weight[:, :, 1, 1], bypass.conv.bias)
+            expected = bypass.scale * bypass.up(baselines.quick_gelu(mixed))
+            torch.testing.assert_close(out[image, j], expected, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EViT
+
+
+@pytest.mark.parametrize("keep_rate, ladder, macs", [
+    (0.9, [197, 179, 163, 148], 4.02), (0.8, None, 3.48), (0.7, [197, 140, 100, 72], 3.03), (0.6, None, 2.64), (0.5, [197, 100, 52, 28], 2.31),
+])
+def test_evit_ladders_and_macs_of_the_paper(keep_rate, ladder, macs):
+    model = baselines.add_evit(on_meta("vit_small_patch16_224"), keep_rate)
+    counts = pyra.token_counts(model)
+    assert ladder is None or [counts[i] for i in (3, 4, 7, 10)] == ladder
+    assert len({*counts}) == 4 and round(pyra.count_macs(model) / 1e9, 2) == macs
+
+
+@pytest.mark.parametrize("specials", [1, 2])
+@pytest.mark.parametrize("keep_rate", [0.3, 0.55, 0.9])
+def test_evit_is_the_naive_loop(keep_rate, specials):
+    tokens, qkv = tokens_of(n=13, specials=specials), attention(2, 13)
+    found = baselines.EViT(keep_rate, specials)(tokens, qkv)
+    for image in range(2):
+        a = probabilities(qkv, image)[:, 0].mean(dim=0)
+        ranked = sorted(range(specials, 13), key=lambda j: -a[j])
+        k = math.ceil(keep_rate * (13 - specials))
+        groups = as_groups(tokens, image)
+        rest = ranked[k:]
+        fused = (sum(a[j] * tokens.x[image, j] for j in rest), 1, set().union(*(groups[j][2] for j in rest)))
+        same_groups(as_groups(found, image), groups[:specials] + [groups[j] for j in ranked[:k]] + [fused])
+    assert found.x.shape[1] == baselines.EViT(keep_rate, specials).tokens_after(13)
+
+
+def test_evit_rounds_up_only_what_is_not_whole():
+    assert baselines.EViT(0.55, 1).kept(21) == 11 and baselines.EViT(0.7, 1).kept(21) == 14 and baselines.EViT(0.71, 1).kept(21) == 15
+
+
+def test_evit_keep_rates_for_the_papers_budgets():
+    """Low is in reach of blocks 3, 6, 9, and high is not."""
+    model = on_meta("vit_base_patch16_224", num_classes=100)
+    low, high = (pyra.count_macs(pyra.add_tome(model, pyra.merge_schedule(rate))) for rate in ("low", "high"))
+    keep_rate = baselines.evit_keep_rate(model, low)
+    assert 0.48 < keep_rate < 0.50
+    assert pyra.count_macs(baselines.add_evit(model, keep_rate)) == 8_755_983_360 <= low < pyra.count_macs(baselines.add_evit(model, keep_rate + 1e-4))
+    with pytest.raises(ValueError, match=r"EViT in blocks \[3, 6, 9\] costs 5,186,073,600 MACs at the least, not 5,071,277,568"):
+        baselines.evit_keep_rate(model, high)
+    layers = [1, 3, 5, 7, 9]
+    assert 0.97 * high < pyra.count_macs(baselines.add_evit(model, baselines.evit_keep_rate(model, high, layers), layers)) <= high
+
+
+def test_evit_layers():
+    acts = lambda model: [i for i, block in enumerate(model.blocks) if block.reducer is not None]
+    assert acts(baselines.add_evit(on_meta("vit_small_patch16_224"))) == [3, 6, 9]
+    assert acts(baselines.add_evit(on_meta("vit_large_patch16_224"))) == [6, 12, 18]
+    assert acts(baselines.add_evit(tiny(), 0.5, (2, 0))) == [0, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ToFu
+
+
+@pytest.mark.parametrize("specials", [1, 2])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("r", [1, 4, 100])
+def test_tofu_is_the_naive_loop(late, specials, r):
+    tokens, qkv = tokens_of(n=14, specials=specials), attention(2, 14)
+    found, matching = baselines.ToFu(r, late, specials)(tokens, qkv), pyra.match(qkv.k.mean(dim=1), min(r, 6), specials)
+    r = min(r, 6)
+    for image in range(2):
+        groups = as_groups(tokens, image)
+        order, dst = matching.order[image].tolist(), matching.dst[image].tolist()
+        expected = []
+        for place, j in enumerate(order[:14 - r]):
+            members = [j] + [order[14 - r + i] for i in range(r) if dst[i] == place]
+            x, held = groups[j][0], groups[j][2]
+            if late and len(members) > 1:
+                mean = sum(groups[m][0] for m in members) / len(members)
+                norm = max(groups[m][0].norm() for m in members)
+                x, held = mean / mean.norm() * norm, set().union(*(groups[m][2] for m in members))
+                assert x.norm() > mean.norm()
+            expected.append((x, 1, held))
+        same_groups(as_groups(found, image), expected)
+    assert (found.source < 0).any() != late
+
+
+def test_tofu_prunes_early_and_merges_late():
+    assert [block.reducer.late for block in baselines.add_tofu(on_meta("vit_base_patch16_224"), 8).blocks] == [False] * 7 + [True] * 5
+    assert [block.reducer and block.reducer.late for block in baselines.add_tofu(tiny(), [1, 0, 3]).blocks] == [False, None, True]
+    assert pyra.token_counts(baselines.add_tofu(tiny(), R)) == pyra.token_counts(pyra.add_tome(tiny(), R))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ATS
+
+
+@pytest.mark.parametrize("specials", [1, 2])
+@pytest.mark.parametrize("count", [4, 9, 40])
+def test_ats_is_the_naive_loop(count, specials):
+    """Each point of the cumulative distribution, in a loop, takes the first patch that reaches it."""
+    size = torch.ones(2, 13, 1)
+    size[1, [4, 7, 12]] = 0
+    tokens, qkv = tokens_of(n=13, specials=specials, size=size), attention(2, 13)
+    found = baselines.ATS(count, specials)(tokens, qkv)
+    lengths = []
+    for image in range(2):
+        a = probabilities(qkv, image, size)[:, 0].sum(dim=0)
+        score = {j: (a[j] * qkv.v[image, :, j].norm()).item() for j in range(specials, 13) if size[image, j] > 0}
+        ranked, total, kept = sorted(score, key=score.get), sum(score.values()), set()
+        for k in range(1, count - specials + 1):
+            point, below = (2 * k - 1) / (2 * (count - specials)), 0.0
+            for j in ranked:
+                below += score[j] / total
+                if below >= point:
+                    kept.add(j)
+                    break
+        expected = [tuple(group) for j, group in zip([j for j in range(13) if size[image, j] > 0], as_groups(tokens, image)) if j < specials or j in kept]
+        same_groups(as_groups(found, image), expected)
+        lengths.append(len(expected))
+    assert found.x.shape[1] == max(lengths) <= count
+
+
+def test_ats_keeps_what_is_significant_and_few_where_one_patch_is_all():
+    qkv = attention(1, 13)
+    qkv.k[:, :, 5] = 50 * qkv.q[:, :, 0]
+    kept = baselines.ATS(13, 1).sample(qkv, torch.ones(1, 13, 1))
+    assert kept[0].nonzero().flatten().tolist() == [0, 5]
+
+
+def test_ats_blocks_and_counts_of_a_schedule():
+    acts = [block.reducer and block.reducer.count for block in baselines.add_ats(on_meta("vit_base_patch16_224"), 197).blocks]
+    assert acts == [None] * 3 + [197] * 9
+    model = on_meta("vit_base_patch16_224")
+    assert baselines.ats_counts(model, pyra.merge_schedule("high")) == [157, 123, 93, 69, 51, 37, 27, 19, 15, 11, 8, 5]
+    assert baselines.ats_counts(tiny(), [10, 0, 100]) == [27, None, 14]
+
+
+def test_mean_macs():
+    """ATS: 3ND^2 + N^2 D + N'ND + N'D^2 + 2 N'D hidden in a block; of the others what count_macs counts. The mean over the images."""
+    model = reduced("ats")
+    counts = baselines.forward_counted(model, batch())[1].long().T.tolist()
+    expected = 0
+    for n in counts:
+        for before, after in zip(n, n[1:]):
+            expected += 3 * before * 24**2 + before**2 * 24 + after * before * 24 + after * 24**2 + 2 * after * 24 * 48
+        expected += 36 * 24 * 48 + 24 * 5
+    assert baselines.mean_macs(model, baselines.forward_counted(model, batch())[1]) == expected / 3
+    for reducer in ("evit", "tofu", "diffrate", "frozen_diffrate"):
+        model = reduced(reducer)
+        assert baselines.mean_macs(model, baselines.forward_counted(model, batch())[1]) == pyra.count_macs(model)
+    adapter = reduced("evit", "adapter")
+    counts = baselines.forward_counted(adapter, batch())[1]
+    assert baselines.peft_macs(adapter, counts).tolist() == [baselines.peft_macs(adapter)] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LTMP
+
+
+def naive_ltmp(tokens, qkv, image, merge, prune, specials):
+    """Real removal from one image, in lists."""
+    groups = as_groups(tokens, image)
+    n = len(groups)
+    size = torch.tensor([group[1] for group in groups])[None, :, None]
+    one = pyra.QKV(*(t[image:image + 1, :, :n] for t in qkv))
+    importance = probabilities(one, 0, size).mean(dim=(0, 1)).tolist()
+    key = F.normalize(one.k[0].mean(dim=0), dim=-1)
+    into = {}
+    for a in range(2, n, 2):
+        partners = [j for j in range(1, n, 2) if j >= specials]
+        b = max(partners, key=lambda j: (key[a] @ key[j]).item(), default=None)
+        if b is not None and key[a] @ key[b] > merge:
+            into[a] = b
+    out, pruned = [], 0
+    for j in list(range(specials)) + [j for j in range(0, n, 2) if j >= specials] + [j for j in range(1, n, 2) if j >= specials]:
+        if j in into:
+            continue
+        members = [j] + [a for a in into if into[a] == j]
+        if j >= specials and max(importance[m] for m in members) <= prune:
+            pruned += 1
+            continue
+        total = sum(groups[m][1] for m in members)
+        out.append((sum(groups[m][0] * groups[m][1] for m in members) / total, total, set().union(*(groups[m][2] for m in members))))
+    return out, len(into), pruned
+
+
+@class_or_both
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("n, dead", [(14, 0), (13, 0), (13, 4), (14, 5)])
+def test_ltmp_is_removal_in_a_naive_loop(n, dead, training, distilled):
+    """Of one image at a time; where dead tokens, at the end, take part in nothing."""
+    specials = 2 if distilled else 1
+    size = torch.randint(1, 4, (3, n, 1), generator=torch.Generator().manual_seed(0)).float()
+    size[:, :specials] = 1
+    size[0, n - dead:] = 0
+    tokens, qkv = tokens_of(b=3, n=n, specials=specials, size=size), attention(3, n)
+    ltmp = baselines.LTMP(specials).train(training)
+    ltmp.merge_threshold.data.fill_(0.35)
+    ltmp.prune_threshold.data.fill_(0.075)
+    found = ltmp(tokens, qkv)
+    lengths, merges, prunes = [], 0, 0
+    for image in range(3):
+        expected, merged, pruned = naive_ltmp(tokens, qkv, image, 0.35, 0.075, specials)
+        same_groups(as_groups(found, image), expected)
+        lengths.append(len(expected))
+        merges, prunes = merges + merged, prunes + pruned
+    assert merges > 3 and prunes
+    assert found.x.shape[1] == (n if training else max(lengths))
+
+
+@every_peft
+def test_ltmp_masked_is_removal_in_the_whole_model(peft):
+    """Blocks after blocks, training's masks against batch size 1, where the dead are cut."""
+    model = reduced("ltmp", peft)
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in batch()])
+    torch.testing.assert_close(model.train()(batch()), alone, rtol=1e-4, atol=1e-5)
+    tokens = model.forward_tokens(batch())
+    assert tokens.x.shape[1] == 37 and (tokens.size == 0).any() and (tokens.size > 1).any()
+
+
+def test_ltmps_parameters():
+    model = baselines.add_ltmp(on_meta("vit_base_patch16_224"))
+    assert sum(p.numel() for name, p in model.named_parameters() if ".reducer." in name) == 24
+    reducer = baselines.add_ltmp(tiny()).blocks[0].reducer
+    assert reducer.merge_threshold.item() == pytest.approx(0.9) and reducer.prune_threshold.item() == 0
+
+
+def test_ltmps_thresholds_have_a_sigmoids_gradient():
+    """A count's, block by block, from the soft masks written out; the dead of one block count no more in the next."""
+    value, threshold = torch.tensor([-math.inf, 0.2, 0.5, math.inf]), torch.tensor(0.3, requires_grad=True)
+    out = baselines.above(value, threshold)
+    assert out.tolist() == [0, 0, 1, 1]
+    expected = -sum(s * (1 - s) / 0.1 for s in (1 / (1 + math.exp(-(v - 0.3) / 0.1)) for v in (0.2, 0.5)))
+    assert torch.autograd.grad(out.sum(), threshold)[0].item() == pytest.approx(expected, rel=1e-5)
+
+    model = add_ltmp(tiny()).train()
+    counts = baselines.forward_counted(model, batch())[1]
+    thresholds = [block.reducer.prune_threshold for block in model.blocks]
+    for l in range(1, 4):
+        gradients = torch.autograd.grad(counts[l].sum(), thresholds, retain_graph=True, allow_unused=True)
+        assert [g is not None and g.item() < 0 for g in gradients] == [i < l for i in range(3)]
+
+
+def test_clamp_thresholds():
+    model = add_ltmp(tiny(), merge=1.5, prune=-0.1)
+    baselines.clamp_thresholds(model)
+    for block in model.blocks:
+        assert block.reducer.merge_threshold.item() == 1 and block.reducer.prune_threshold.item() == 0
+    baselines.clamp_thresholds(reduced("diffrate"))  # has none
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DiffRate
+
+
+def naive_diffrate(tokens, qkv, image, prune, merge, specials):
+    groups, size = as_groups(tokens, image), torch.ones(2, 99, 1) if tokens.size is None else tokens.size
+    a = probabilities(qkv, image, size[:, :qkv.q.shape[2]])[:, 0].mean(dim=0)
+    ranked = sorted((j for j in range(specials, len(groups))), key=lambda j: -a[j])[:prune]
+    keep, rest = ranked[:merge], ranked[merge:]
+    cosine = lambda i, j: F.cosine_similarity(groups[i][0], groups[j][0], dim=0).item()
+    into = {i: max(keep, key=lambda j: cosine(i, j)) for i in rest}
+    out = groups[:specials]
+    for j in keep:
+        members = [j] + [i for i in rest if into[i] == j]
+        x = sum(groups[m][0] for m in members) / len(members)
+        out.append((x, groups[j][1] + sum(groups[m][1] * max(cosine(m, j), 0) for m in members[1:]), set().union(*(groups[m][2] for m in members))))
+    return out
+
+
+@pytest.mark.parametrize("specials", [1, 2])
+@pytest.mark.parametrize("prune, merge", [(12, 12), (9, 12), (12, 5), (9, 4), (3, 1)])
+def test_diffrate_is_the_naive_loop(prune, merge, specials):
+    """Cut, and masked with logits that come to the same."""
+    size = torch.randint(1, 4, (2, 12 + specials, 1), generator=torch.Generator().manual_seed(1)).float()
+    size[:, :specials] = 1
+    tokens, qkv = tokens_of(n=12 + specials, specials=specials, size=size), attention(2, 12 + specials)
+    soft = baselines.DiffRate(range(12, 0, -1), 1, specials).train()
+    for logits, kept in ((soft.prune_logits, prune), (soft.merge_logits, merge)):
+        logits.data[12 - kept] = 20
+    assert soft.rates() == (prune, merge)
+    expected = [naive_diffrate(tokens, qkv, image, prune, merge, specials) for image in range(2)]
+    for reducer in (baselines.FrozenDiffRate(prune, merge, specials), soft):
+        found = reducer(tokens, qkv)
+        for image in range(2):
+            if (prune, merge) == (12, 12):
+                assert {frozenset(group[2]) for group in as_groups(found, image)} == {frozenset(group[2]) for group in expected[image]}
+            else:
+                same_groups(as_groups(found, image), expected[image])
+        assert found.x.shape[1] == (12 + specials if reducer is soft else specials + min(prune, merge))
+
+
+@every_peft
+def test_diffrate_masked_is_cut(peft):
+    """In training with logits, and with the integers that they come to: the same logits out, and the same gradients of the PEFT."""
+    model = reduced("diffrate", peft).train()
+    frozen = baselines.freeze_diffrate(copy.deepcopy(model))
+    assert baselines.diffrate_rates(frozen) == baselines.diffrate_rates(model) == RATES
+    assert pyra.token_counts(frozen) == pyra.token_counts(model) == [37, 37, 21, 10]
+    torch.testing.assert_close(model(batch()), frozen(batch()), rtol=1e-4, atol=1e-5)
+    parameters = lambda m: {name: p for name, p in trained(m).items() if ".reducer." not in name}
+    found, expected = (torch.autograd.grad(m(batch()).sum(), list(parameters(m).values())) for m in (model, frozen))
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-4)
+    assert not any(".reducer." in name for name in frozen.state_dict())
+
+
+@pytest.mark.parametrize("granularity, parameters", [(4, 1_080), (1, 4_314)])
+def test_diffrates_parameters(granularity, parameters):
+    model = baselines.add_diffrate(on_meta("vit_base_patch16_224"), granularity)
+    assert sum(p.numel() for name, p in model.named_parameters() if ".reducer." in name) == parameters
+    assert len(baselines.add_diffrate(on_meta("vit_base_patch16_224", global_pool="avg")).blocks[-1].reducer.prune_logits) == 1
+
+
+def test_diffrate_starts_half_way():
+    """Uniform logits expect 100 patches: 101 tokens."""
+    model = baselines.add_diffrate(pyra.create_model("vit_nano_patch4_56"))
+    assert pyra.token_counts(model) == [197, 197] + [101] * 11
+    counts = baselines.forward_counted(model.train(), torch.zeros(1, 3, 56, 56))[1]
+    assert counts[:, 0].tolist() == [197, 197] + [101] * 11
+
+
+def test_diffrates_numbers_are_the_same_under_autocast():
+    reducer = baselines.DiffRate(range(196, 0, -1), 1)
+    for step in range(5):
+        reducer.prune_logits.data = 0.02 * reducer.candidates * step
+        with torch.autocast("cpu", torch.bfloat16):
+            low = reducer.rates()
+        assert low == reducer.rates()
+    assert 180 < reducer.rates()[0] < 190
+
+
+def test_diffrates_gradients():
+    """A rank's is the probability that as many are kept or more; a count's goes to both numbers, and not to the block before."""
+    reducer = baselines.DiffRate([6, 4, 2], 2)
+    reducer.prune_logits.data, reducer.merge_logits.data = torch.tensor([0.5, 0.1, -0.3]), torch.tensor([0.0, 0.0, -1.0])
+    p = reducer.prune_logits.softmax(dim=0)
+    weight = numbers(7)
+    mask = reducer.mask(reducer.prune_logits, torch.arange(7))[:, 0]
+    assert mask.tolist() == [float(j <= math.ceil((p @ torch.tensor([6.0, 4, 2])).item())) for j in range(7)] == [1, 1, 1, 1, 1, 1, 0]
+    soft = sum(w * sum(p[i] for i, k in enumerate([6, 4, 2]) if k >= j) for j, w in enumerate(weight))
+    logits = reducer.prune_logits
+    torch.testing.assert_close(torch.autograd.grad((weight * mask).sum(), logits)[0], torch.autograd.grad(soft, logits, retain_graph=True)[0])
+
+    n = torch.tensor([7.0, 4.0], requires_grad=True)
+    count = reducer.count(n)
+    assert count.tolist() == [6, 4]
+    found = torch.autograd.grad(count.sum(), [reducer.prune_logits, reducer.merge_logits, n], allow_unused=True)
+    for gradient, other in zip(found, (reducer.prune_logits, reducer.merge_logits)):
+        torch.testing.assert_close(gradient, torch.autograd.grad(2 * other.softmax(dim=0) @ torch.tensor([6.0, 4, 2]), other)[0])
+    assert found[2] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Budgets
+
+
+@class_or_both
+def test_ltmps_budget_is_the_papers_formula(distilled):
+    """rho = mean over the blocks of [2 m n D^2 + (m n)^2 D + 4 m' n D^2] / [6 n D^2 + n^2 D], m the mean share of living tokens."""
+    model = add_ltmp(tiny(distilled=distilled, mlp_ratio=4.0)).train()
+    counts = baselines.forward_counted(model, batch())[1]
+    n, d = 36 + model.specials, 24
+    m = (counts.mean(dim=1) / n).tolist()
+    rho = sum(2 * a * n * d**2 + (a * n)**2 * d + 4 * b * n * d**2 for a, b in zip(m, m[1:])) / 3 / (6 * n * d**2 + n**2 * d)
+    rest, blocks = 36 * 48 * 24 + 24 * 5, 3 * 2 * (6 * n * d**2 + n**2 * d)
+    assert baselines.budget_loss(model, counts, rest + 0.3 * blocks).item() == pytest.approx(10 * (rho - 0.3)**2, rel=1e-4)
+    assert baselines.budget_loss(model, counts, rest + rho * blocks).item() == pytest.approx(0, abs=1e-8)
+
+
+def test_diffrates_budget_is_the_papers_on_vit_base():
+    """5 (GMACs - target)^2, but for rounding 17.447 to 17.4."""
+    model = baselines.add_diffrate(on_meta("vit_base_patch16_224"))
+    counts = torch.tensor([197.0] * 2 + [101.0] * 11)[:, None]
+    gmacs = pyra.macs_of_counts(model, counts[:, 0].tolist()) / 1e9
+    assert baselines.budget_loss(model, counts, 5e9).item() == pytest.approx(5 * (gmacs - 5)**2, rel=0.01)
+
+
+@masked
+def test_a_budget_is_reached(reducer):
+    """By the budget's loss alone, with the groups of param_groups and the clamp after each step."""
+    model = pyra.add_lora(tiny(), rank=2)
+    model = (baselines.add_ltmp if reducer == "ltmp" else lambda m: baselines.add_diffrate(m, 2))(model).train()
+    target = 0.6 * pyra.count_macs(tiny())
+    groups = baselines.param_groups(model)
+    for group in groups:
+        group["lr"] *= {"ltmp": 10, "diffrate": 10}[reducer]  # few steps
+    optimizer, first = torch.optim.AdamW(groups), None
+    for _ in range(60):
+        logits, counts = baselines.forward_counted(model, batch())
+        loss = baselines.budget_loss(model, counts, target)
+        first = first or baselines.mean_macs(model, counts.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        baselines.clamp_thresholds(model)
+    found = baselines.mean_macs(model.eval(), baselines.forward_counted(model, batch())[1].detach())
+    assert abs(first / target - 1) > 0.1 and abs(found / target - 1) < 0.05
+
+
+def test_param_groups():
+    """Thresholds and logits have learning rates of their own, and all that is trained is in one group."""
+    for reducer, expected in (("ltmp", {"merge_threshold": 5e-3, "prune_threshold": 5e-6}), ("diffrate", {"prune_logits": 1e-2, "merge_logits": 1e-2}), ("evit", {})):
+        model = reduced(reducer, "lora")
+        groups = {group["name"]: group for group in baselines.param_groups(model, lr=0.1, weight_decay=0.2)}
+        assert groups.keys() == {"decay", "no_decay", *expected}
+        assert sorted(id(p) for group in groups.values() for p in group["params"]) == sorted(id(p) for p in trained(model).values())
+        for name, lr in expected.items():
+            assert groups[name]["lr"] == lr and groups[name]["weight_decay"] == 0 and len(groups[name]["params"]) == 3
+            assert {id(p) for p in groups[name]["params"]} == {id(p) for n, p in model.named_parameters() if n.endswith(name)}
+    model = pyra.add_pyra(pyra.add_lora(tiny(), rank=2), R)
+    ours, theirs = baselines.param_groups(model, modulation_lr=0.3), pyra.param_groups(model, modulation_lr=0.3)
+    assert [(g["name"], g["lr"], list(map(id, g["params"]))) for g in ours] == [(g["name"], g["lr"], list(map(id, g["params"]))) for g in theirs]
