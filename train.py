@@ -22,6 +22,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -62,7 +63,7 @@ BACKBONES = {
     "deit_small_distilled_patch16_224": dict(weights="deit_small_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=4, batch_size=128),
     "deit_base_distilled_patch16_224": dict(weights="deit_base_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=8, batch_size=128),
 }
-METHODS = ("plain", "tome", "pyra", "rap")
+METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")
 PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,7 +80,7 @@ class Config:
     task: str = _option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, sprites_... or digits (see tasks.py)")
     backbone: str = _option("vit_nano_patch4_56", "timm's name; with .mae: average pooling")
     weights: str | None = _option(None, "a file or a timm name on the Hugging Face hub; 'none': random")
-    method: str = _option("pyra", "plain (LoRA only), tome, pyra, or rap: random pruning of channels, to the operations that merging at `rate` needs")
+    method: str = _option("pyra", "plain (LoRA only), tome, pyra; or with as many operations evit, tofu, ats, ltmp, diffrate, or rap, which prunes channels")
     rate: str | float | list = _option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry a block")
     s: int = _option(1, "rank of PYRA's generators")
     peft: str = _option("lora", "lora, adapter, convpass, fact_tt, fact_tk or snf; or full: the whole backbone is trained")
@@ -142,12 +143,12 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(k for k in known if k)}, not {getattr(self, name)!r}")
         if self.warmup is not None and self.warmup >= self.epochs:
             raise ValueError(f"warmup ({self.warmup}) must be less than epochs ({self.epochs})")
-        if self.second_epochs is not None and (self.method in ("plain", "rap") or self.peft == "full"):
+        if self.second_epochs is not None and (self.method not in ("tome", "pyra", "evit", "tofu") or self.peft == "full"):
             raise ValueError(f"second_epochs is for merging attached to what is adapted already, not for method {self.method} with peft {self.peft}")
         if self.method == "rap" and self.peft == "full":
             raise ValueError("method rap prunes a backbone that stays frozen, and peft full would train it")
-        if self.task.startswith("stream:") and (self.method == "rap" or self.teacher):
-            raise ValueError(f"{'a teacher' if self.teacher else 'method rap'} needs the images in memory, and {self.task} is read from its files")
+        if self.task.startswith("stream:") and (self.method in ("rap", "ats") or self.teacher):
+            raise ValueError(f"{'a teacher' if self.teacher else f'method {self.method}'} needs the images in memory, and {self.task} is read from its files")
         if self.teacher_weights and not self.teacher:
             raise ValueError("teacher_weights were given, but no teacher")
         if self.augment != "none" and not self.task.startswith("stream:"):
@@ -219,13 +220,14 @@ class Result:
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
     classes: list  # names by label; empty where nobody wrote them down
-    macs: int  # of one image, what can be folded in folded in
-    token_counts: list  # tokens before the first block and after each
+    macs: int  # of one image, LoRA and FacT folded in; where they depend on the image (ats, ltmp), the mean over eval_split
+    token_counts: list  # tokens before the first block and after each; idem
     trained: dict  # trained parameters: peft, reducer, head, backbone
     backbone_parameters: int  # without head
     seconds_per_epoch: float  # median, training only; 0 without any
     peak_memory: int | None  # bytes on a CUDA device
     versions: dict
+    found: list | None = None  # what was searched for: rap's (heads, units), ats's counts, diffrate's (prune, merge), one a block
 
 
 def check_device(device):
@@ -281,32 +283,59 @@ def schedule_of(config, model):
     return r
 
 
-def flops_ratio(config, model):
-    """F/f of the config's rate: the plain model's operations over those left when merging at that rate."""
-    r = pyra.check_schedule(model, schedule_of(config, model))
+def target_macs(config, model):
+    """What the config's rate, merging, leaves to do for an unpruned model: every other reducer gets the same budget."""
     counts = [model.num_patches + model.specials]
-    for entry in r:
+    for entry in pyra.check_schedule(model, schedule_of(config, model)):
         counts.append(counts[-1] - entry)
-    return pyra.macs_of_counts(model, [counts[0]] * len(counts)) / pyra.macs_of_counts(model, counts)
+    return pyra.macs_of_counts(model, counts)
 
 
-def build_model(config, num_classes, keep=None):
-    """The pre-trained backbone with what the config's method adds, on the CPU in float32, initialised by the config's seed.
-
-    keep: with method rap, what `search_pruning` found.
-    """
-    config = config.resolved()
-    torch.manual_seed(config.seed)
-    model = create_backbone(config, num_classes)
-    if config.weights != "none":
-        pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
-    if keep is not None:
-        baselines.prune_channels(model, keep)
-    add_peft(model, config)
+def add_reducer(model, config, found=None):
+    """The config's token reducer, on the model."""
     if config.method == "tome":
         pyra.add_tome(model, schedule_of(config, model))
     elif config.method == "pyra":
         pyra.add_pyra(model, schedule_of(config, model), config.s)
+    elif config.method == "tofu":
+        baselines.add_tofu(model, schedule_of(config, model))
+    elif config.method == "evit":
+        try:
+            layers, keep_rate = None, baselines.evit_keep_rate(model, target_macs(config, model))
+        except ValueError:  # the paper's three layers can't do with so little
+            layers = [len(model.blocks) * i // 12 for i in (1, 3, 5, 7, 9)]
+            keep_rate = baselines.evit_keep_rate(model, target_macs(config, model), layers)
+        baselines.add_evit(model, keep_rate, layers)
+    elif config.method == "ats":
+        baselines.add_ats(model, found)
+    elif config.method == "ltmp":
+        baselines.add_ltmp(model)
+    elif config.method == "diffrate_search":
+        baselines.add_diffrate(model)
+    elif config.method == "diffrate":
+        baselines.freeze_diffrate(baselines.add_diffrate(model), found)
+
+
+def pretrained(config, num_classes):
+    """The config's backbone with its weights and nothing else, initialised by the config's seed."""
+    torch.manual_seed(config.seed)
+    model = create_backbone(config, num_classes)
+    if config.weights != "none":
+        pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
+    return model
+
+
+def build_model(config, num_classes, found=None):
+    """The pre-trained backbone with what the config's method adds, on the CPU in float32, initialised by the config's seed.
+
+    found: of a finished run with method rap, ats or diffrate, its Result's.
+    """
+    config = config.resolved()
+    model = pretrained(config, num_classes)
+    if config.method == "rap":
+        baselines.prune_channels(model, found)
+    add_peft(model, config)
+    add_reducer(model, config, found)
     return model
 
 
@@ -327,8 +356,7 @@ def start_from(model, result):
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
     config, folder = Config(**{**result.config, "device": None}), Path(result.folder)  # the run's device need not be here
-    keep = json.loads((folder / "kept.json").read_text()) if config.method == "rap" else None
-    return pyra.load_adapter(build_model(config, result.num_classes, keep), folder / "adapter.safetensors").eval()
+    return pyra.load_adapter(build_model(config, result.num_classes, result.found), folder / "adapter.safetensors").eval()
 
 
 def count_trained(model):
@@ -471,18 +499,17 @@ def evaluate(model, batches, dtype=torch.float32):
 
 
 @torch.no_grad()
-def over(function, config, split, img_size, device):
-    """function(images) for a whole split, and its labels: (n, ...) float32 and (n,), on the device."""
-    images, labels = tasks.load_split(config.task, split, img_size, config.data_root)
+def over(function, config, split, img_size, device, images=None):
+    """function(images) for a split, or the first so many of its images, and their labels: (n, ...) float32 and (n,), on the device."""
+    x, labels = (part[:images] for part in tasks.load_split(config.task, split, img_size, config.data_root))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return torch.cat([function(x).float() for x, _ in in_batches(images, labels, config.norm, device)]), labels.to(device)
+        return torch.cat([function(batch).float() for batch, _ in in_batches(x, labels, config.norm, device)]), labels.to(device)
 
 
 def search_channels(config, num_classes, device):
     """Method rap: what to keep of the backbone, the best of 20 prunings by a linear head on their features, fitted to train800, on val200."""
-    model = create_backbone(config, num_classes)
-    if config.weights != "none":
-        pyra.load_pretrained(model, HERE / SHIPPED if config.weights == SHIPPED else config.weights)
+    model = pretrained(config, num_classes)
+    plain = pyra.macs_of_counts(model, [model.num_patches + model.specials] * (len(model.blocks) + 1))
 
     def score(pruned):
         features = lambda x: pruned.pool(pruned.forward_tokens(x))
@@ -490,7 +517,37 @@ def search_channels(config, num_classes, device):
         fit, held_out = (over(features, config, split, model.img_size, device) for split in ("train800", "val200"))
         return baselines.probe_loss(*fit, *held_out, num_classes)
 
-    return baselines.search_pruning(model, flops_ratio(config, model), score, seed=config.seed)
+    return baselines.search_pruning(model, plain / target_macs(config, model), score, seed=config.seed)
+
+
+def search_counts(config, num_classes, device):
+    """Method ats: how many tokens to sample in each block, such that what is left of them costs what the merging schedule would.
+
+    Samples coincide, so more are drawn than are to be left: by one factor, found by bisection on the pre-trained model and 128 images
+    to train on.
+    """
+    model = pretrained(config, num_classes).eval().to(device)
+    counts, target = baselines.ats_counts(model, schedule_of(config, model)), target_macs(config, model)
+    counted = lambda x: baselines.forward_counted(model, x)[1].T
+    low, high = 1.0, 16.0
+    for _ in range(9):
+        factor = math.sqrt(low * high)
+        scaled = [None if n is None else model.specials + max(1, round((n - model.specials) * factor)) for n in counts]
+        baselines.add_ats(model, scaled)
+        left, _ = over(counted, config, config.train_split, model.img_size, device, images=128)
+        low, high = (factor, high) if baselines.mean_macs(model, left.T) < target else (low, factor)
+    return scaled
+
+
+def search(config, num_classes, device, folder):
+    """What method rap or ats searches for before training: once, then it stands in the run's folder."""
+    file = folder / "found.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tasks.alone(folder):
+        if not file.is_file():
+            found = {"rap": search_channels, "ats": search_counts}[config.method](config, num_classes, device)
+            pyra.write_atomically(file, lambda p: p.write_text(json.dumps(found)))
+    return json.loads(file.read_text())
 
 
 def teacher_logits(config, runs, device, progress):
@@ -505,6 +562,19 @@ def teacher_logits(config, runs, device, progress):
             logits, _ = over(model, teacher, config.train_split, model.img_size, device)
             pyra.write_atomically(file, lambda p: torch.save(logits.cpu(), p))
     return torch.load(file, map_location=device, weights_only=True)
+
+
+@torch.inference_mode()
+def token_counts(model, config, data, dtype):
+    """Tokens before the first block and after each, (depth + 1, images): of one image for all, or where they depend on it of all in eval_split."""
+    if config.method not in ("ats", "ltmp"):
+        return torch.tensor(pyra.token_counts(model), dtype=torch.float64)[:, None]
+    model.eval()
+    counts = []
+    for x, _ in data.test(0, 1):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            counts.append(baselines.forward_counted(model, x)[1])
+    return torch.cat(counts, dim=1)
 
 
 def runs_folder(runs=None):
@@ -558,15 +628,12 @@ def run(config, runs=None, progress=True):
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    if config.method == "rap":
-        folder.mkdir(parents=True, exist_ok=True)
-        with tasks.alone(folder):
-            if not (folder / "kept.json").is_file():
-                keep = search_channels(config, task.num_classes, device)
-                pyra.write_atomically(folder / "kept.json", lambda p: p.write_text(json.dumps(keep)))
-        model = build_model(config, task.num_classes, json.loads((folder / "kept.json").read_text()))
-    else:
-        model = build_model(config, task.num_classes)
+    found = None
+    if config.method == "diffrate":  # a run of its own finds the rates
+        found = run(dataclasses.replace(config, method="diffrate_search", epochs=max(1, config.epochs // 10), warmup=0), runs, progress).found
+    elif config.method in ("rap", "ats"):
+        found = search(config, task.num_classes, device, folder)
+    model = build_model(config, task.num_classes, found)
     told = teacher_logits(config, runs, device, progress) if config.teacher else None
     if config.second_epochs is not None:  # before this run's images are on the device: that one's are the same
         start_from(model, run(dataclasses.replace(config, method="plain", second_epochs=None), runs, progress))
@@ -581,10 +648,10 @@ def run(config, runs=None, progress=True):
             dist.barrier()
         if result := read_result(folder):  # somebody else has done it while we waited
             return result
-        return fit(config, model.to(device), task, data, folder, rank, world, progress)
+        return fit(config, model.to(device), found, task, data, folder, rank, world, progress)
 
 
-def fit(config, model, task, data, folder, rank, world, progress):
+def fit(config, model, found, task, data, folder, rank, world, progress):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     device, dtype = model.pos_embed.device, DTYPES[config.dtype]
     epochs, warmup = config.epochs, config.warmup
@@ -596,10 +663,15 @@ def fit(config, model, task, data, folder, rank, world, progress):
             if not p.requires_grad:
                 p.data = p.data.to(dtype)
     full = config.peft == "full"
-    groups = pyra.param_groups(model, config.lr, config.modulation_lr, config.weight_decay, config.layer_decay if full else None)
+    groups = baselines.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
+                                    layer_decay=config.layer_decay if full else None)
     optimizer = torch.optim.AdamW(groups, fused=True)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
-    forward = torch.compile(model) if config.compile else model
+    counted = config.method in ("ltmp", "diffrate_search")  # how many tokens stay is learned too
+    budget = target_macs(config, model) if counted else None
+    forward = functools.partial(baselines.forward_counted, model) if counted else model
+    if config.compile:
+        forward = torch.compile(forward)
     mix = mixup_or_cutmix(task.num_classes) if config.augment == "mae" else None
 
     history, state_file = [], folder / "state.pt"
@@ -620,6 +692,8 @@ def fit(config, model, task, data, folder, rank, world, progress):
 
     batch = min(config.batch_size, data.n // world * world)
     steps, parts = data.n // batch, math.ceil(batch // world / (config.micro_batch or batch))
+    if config.method == "diffrate_search":  # DiffRate's rate supposes thousands of steps; fewer have to come as far
+        peak_lrs = [lr * max(1, 300 / (steps * epochs)) if group["name"].endswith("_logits") else lr for lr, group in zip(peak_lrs, groups)]
     bar = tqdm(total=epochs, desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
     for epoch in range(len(history), epochs):
         start = time.perf_counter()
@@ -639,11 +713,13 @@ def fit(config, model, task, data, folder, rank, world, progress):
                 if mix:
                     x, y = mix(x, y)
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    logits = forward(x)
+                    logits, counts = forward(x) if counted else (forward(x), None)
                 if told is None:
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0)
                 else:
                     loss = baselines.distillation_loss(logits.float(), told, y)
+                if counted:
+                    loss = loss + baselines.budget_loss(model, counts, budget)
                 loss = loss * (len(x) / batch)
                 loss.backward()
                 total_loss += loss.detach()
@@ -653,6 +729,7 @@ def fit(config, model, task, data, folder, rank, world, progress):
                     dist.all_reduce(p.grad)
             optimizer.step()
             optimizer.zero_grad()
+            baselines.clamp_thresholds(model)
         sums = torch.stack([total_loss, correct])
         if world > 1:
             dist.all_reduce(sums)
@@ -677,10 +754,15 @@ def fit(config, model, task, data, folder, rank, world, progress):
     if not history:  # a second stage of no epochs
         evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
+    counts = token_counts(model, config, data, dtype).double()
+    means = counts.mean(dim=1).tolist()
+    macs = baselines.mean_macs(model, counts) + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
+    if config.method == "diffrate_search":
+        found = [list(pair) for pair in baselines.diffrate_rates(model)]
     result = Result(
         config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
-        macs=pyra.count_macs(model) + (baselines.peft_macs(model) if "fact" not in config.peft else 0), token_counts=pyra.token_counts(model), trained=count_trained(model),
+        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], found=found, trained=count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name)),
         seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

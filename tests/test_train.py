@@ -496,7 +496,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(weights=5), "weights must be of type str | None, not 5"),
     (dict(weights="missing.safetensors"), "no file 'missing.safetensors'"),
     (dict(weights="weights.txt.gz/no/name"), "weights must be a .safetensors"),
-    (dict(method="lora"), "method must be one of plain, tome, pyra, rap.*, not 'lora'"),
+    (dict(method="lora"), "method must be one of plain, tome, pyra, evit.* rap, not 'lora'"),
     (dict(rate="mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
     (dict(rate="mid", method="plain"), "rate must be"),
     (dict(rate=None), "rate must be of type"),
@@ -818,6 +818,50 @@ def test_published_settings_of_the_task():
     assert sizes(task="svhn", peft="convpass", peft_dim=3, peft_scale=2) == (3, 2.0) and sizes(peft="adapter", peft_scale=2.0) == (8, None)
 
 
+def assert_loads(result, task):
+    """load_run gives the run's model: the accuracy that was recorded, tokens counted by the way."""
+    model = train.load_run(result)
+    assert train.evaluate(model, train.in_batches(*tasks.load_split(task, "test", 56), "half")) == pytest.approx(result.accuracy_last)
+    images, _ = tasks.load_split(task, "test", 56)
+    with torch.no_grad():
+        _, counts = baselines.forward_counted(model, tasks.normalize(images, "half"))
+    assert counts.mean(dim=1).tolist() == pytest.approx(result.token_counts)
+    assert baselines.mean_macs(model, counts) + baselines.peft_macs(model, result.token_counts) == pytest.approx(result.macs, abs=1)
+    return model
+
+
+@pytest.mark.parametrize("method, tolerance", [("evit", 0.01), ("tofu", 0.001), ("ats", 0.1), ("ltmp", None), ("diffrate", 0.15)])
+def test_other_reducers(task, tmp_path, monkeypatch, method, tolerance):
+    """As many operations as merging at the rate, where a run so short can learn that; interrupted and resumed, recorded, loaded."""
+    config = train.Config(task=task, **{**SMALL, "epochs": 2, "eval_every": 0, "method": method, "rate": 2.5, "peft": "adapter"})
+    result = train.run(config, tmp_path / "whole", progress=False)
+    model = assert_loads(result, task)
+    assert (result.trained["peft"], result.trained["reducer"]) == (19680, 24 if method == "ltmp" else 0)
+    if tolerance:
+        assert result.macs - baselines.peft_macs(model, result.token_counts) == pytest.approx(train.target_macs(config, model), rel=tolerance)
+    assert len(list((tmp_path / "whole").iterdir())) == (2 if method == "diffrate" else 1)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 3)
+        train.run(config, tmp_path / "resumed", progress=False)
+    assert_same_run(train.run(config, tmp_path / "resumed", progress=False), result)
+
+
+def test_budget_is_learned(task, tmp_path):
+    """LTMP's thresholds and DiffRate's logits go where the budget is, at their own learning rates, and nowhere else."""
+    for method, names in (("ltmp", ("merge_threshold", "prune_threshold")), ("diffrate_search", ("prune_logits", "merge_logits"))):
+        config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": method, "rate": 3.0})
+        result, before = train.run(config, tmp_path, progress=False), trained_part(train.build_model(config, 3))
+        after = adapter(result)
+        for name in names:
+            rate = baselines.REDUCER_LRS[name] * (300 if method == "diffrate_search" else 1)
+            moved = torch.cat([(after[key] - before[key]).flatten() for key in after if key.endswith(name)])
+            assert 0.5 * rate < moved.abs().max() < 1.01 * rate  # AdamW's first step is as long as its rate
+            if name == "merge_threshold":
+                assert moved.min() < 0  # merging more costs less
+        assert result.found == ([list(pair) for pair in baselines.diffrate_rates(train.load_run(result))] if method == "diffrate_search" else None)
+
+
 def test_pruned_channels_are_searched_once_and_never_on_test(task, tmp_path, monkeypatch):
     config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": "rap", "rate": 2.5})
     searched, splits = spy(monkeypatch, baselines, "search_pruning"), spy(monkeypatch, tasks, "load_split")
@@ -827,12 +871,11 @@ def test_pruned_channels_are_searched_once_and_never_on_test(task, tmp_path, mon
     assert {args[1] for args, _ in splits[:-2]} == {"train800", "val200"}
     result = train.run(config, tmp_path, progress=False)
     (_, keep), = searched
-    assert json.loads((pathlib.Path(result.folder) / "kept.json").read_text()) == [list(pair) for pair in keep]
+    assert result.found == [list(pair) for pair in keep]
     target = pyra.count_macs(train.build_model(dataclasses.replace(config, method="tome"), 3))
     assert result.macs == pytest.approx(target, rel=0.01) and result.token_counts == [197] * 13
-    loaded = train.load_run(result)
+    loaded = assert_loads(result, task)
     assert [(block.attn.num_heads, block.mlp.fc1.out_features) for block in loaded.blocks] == keep
-    assert train.evaluate(loaded, train.in_batches(*tasks.load_split(task, "test", 56), "half")) == pytest.approx(result.accuracy_last)
 
 
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path, monkeypatch):
