@@ -26,6 +26,7 @@ OTHER_PARAMETERS = {
     "imagenet_finetune": [dict(epochs=1, processes=2, base_lr=1e-3, workers=1)],
     "compare_peft": [dict(pefts=["fact_tk", "adapter"], with_adapter=[], epochs=1, rates=[4.0], seconds=0.05)],
     "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
+    "compare_reducers": [dict(methods=["evit", "diffrate"], peft="snf", epochs=1, rates=[4.0], seconds=0.05)],
 }
 WRONG_PARAMETERS = {
     "quickstart": [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")],
@@ -36,6 +37,7 @@ WRONG_PARAMETERS = {
     "schedule": [(dict(target_speedup="fast"), "target_speedup must be of type float")],
     "imagenet_finetune": [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
     "compare_peft": [(dict(pefts=["fact"]), "peft must be one of lora, adapter"), (dict(pefts="snf"), "pefts must be of type list, not 'snf'")],
+    "compare_reducers": [(dict(methods=["tomme"]), "method must be one of plain, tome, pyra, evit")],
     "compare_distillation": [(dict(teacher="vit_huge"), "backbone must be one of vit_nano_patch4_56")],
 }
 
