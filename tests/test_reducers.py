@@ -272,7 +272,9 @@ def test_adapter_files_of_before_there_were_settings_still_load(tmp_path):
 
 @every_reducer
 def test_another_reducer_takes_its_place(reducer):
-    """ToMe added afterwards is ToMe, and what was learned for the other is gone."""
+    """ToMe added afterwards is ToMe, and what was learned for the other is gone; the other way round as well."""
+    after = REDUCERS[reducer](pyra.add_tome(tiny(), R, prop_attn=False))
+    assert torch.equal(after(batch()), reduced(reducer)(batch()))
     model = pyra.add_tome(reduced(reducer), R)
     assert torch.equal(model(batch()), pyra.add_tome(tiny(), R)(batch()))
     assert model.state_dict().keys() == tiny().state_dict().keys()
