@@ -142,7 +142,7 @@ class EViT(nn.Module):
         self.settings = dict(keep_rate=keep_rate)
 
     def kept(self, n):
-        return math.ceil(self.keep_rate * (n - self.specials) - 1e-9)  # 1e-9: 0.55 * 20 is 11.000000000000002
+        return math.ceil(self.keep_rate * (n - self.specials) - 1e-9)  # 1e-9: 0.55 * 100 is 55.00000000000001
 
     def tokens_after(self, n):
         return min(self.specials + self.kept(n) + 1, n)
