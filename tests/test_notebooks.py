@@ -24,7 +24,7 @@ OTHER_PARAMETERS = {
     "features": [dict(epochs=1, images=40, perplexity=10.0)],
     "schedule": [dict(batch_size=2, seconds=0.02, target_speedup=1.5, backbone="vit_tiny_patch16_224")],
     "imagenet_finetune": [dict(epochs=1, processes=2, base_lr=1e-3, workers=1)],
-    "compare_peft": [dict(pefts=["fact_tk", "adapter"], with_adapter=[], epochs=1, rates=[4.0], seconds=0.05)],
+    "compare_peft": [dict(pefts=["fact_tk", "adapter"], methods=["pyra"], with_adapter=["rap"], epochs=1, rates=[4.0], seconds=0.05)],
     "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
     "compare_reducers": [dict(methods=["evit", "diffrate"], peft="snf", epochs=1, rates=[4.0], seconds=0.05)],
 }
@@ -109,10 +109,24 @@ def test_runs_with_other_parameters(name, parameters, small_task, tmp_path, monk
 
 @pytest.mark.parametrize("name, parameters, sentence", [(name, *case) for name, cases in WRONG_PARAMETERS.items() for case in cases], ids=str)
 def test_a_wrong_parameter_fails_at_once_in_one_sentence(name, parameters, sentence, tmp_path, monkeypatch):
+    """In the first cell after the parameters, which is executed here as papermill and the kernel would."""
     monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
-    with pytest.raises(papermill.PapermillExecutionError, match=sentence) as error:
-        execute(name, parameters, tmp_path)
-    assert error.value.ename in ("ValueError", "FileNotFoundError") and error.value.exec_count == 3  # parameters, those injected, then the first cell
+    path = next(path for path in NOTEBOOKS if path.stem == name)
+    defaults, first = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"][:2]
+    injected = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
+    namespace = {"In": ["", defaults, injected, first]}
+    for source in (defaults, injected):
+        exec(source, namespace)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        exec(first, namespace)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+def test_papermill_stops_at_a_wrong_parameter(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(papermill.PapermillExecutionError, match="there is no parameter 'rank'; there are task, backbone") as error:
+        execute("ablation_rank", dict(rank=4), tmp_path)
+    assert error.value.ename == "ValueError" and error.value.exec_count == 3  # parameters, those injected, then the first cell
     assert not (tmp_path / "runs").exists()
 
 
