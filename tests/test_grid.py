@@ -342,3 +342,26 @@ def test_slurm_array_longer_than_slurm_allows(tmp_path, monkeypatch):
     assert "#SBATCH --array=0-999\n" in (tmp_path / "grid.sbatch").read_text()
     assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 2, tmp_path)] == [2, 1002, 2002]
     assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 999, tmp_path)] == [999, 1999]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the benchmark's notebook needs
+
+
+def test_average_is_the_papers():
+    """The mean of the groups' means, as the paper's tables that print both show."""
+    rows = [row for name in ("table7", "table9", "table10", "table11") for row in train.paper_table(name)]
+    assert len(rows) > 15
+    for row in rows:
+        assert (float(row["natural"]) + float(row["specialized"]) + float(row["structured"])) / 3 == pytest.approx(float(row["average"]), abs=0.06)
+    groups = {name: group for name, (group, *_) in tasks.VTAB.items()}
+    accuracies = {name: {"Natural": 0.2, "Specialized": 0.4, "Structured": 0.9}[group] for name, group in groups.items()} | {"dtd": 0.9}
+    means = train.group_means(accuracies, groups)
+    assert list(means) == ["Natural", "Specialized", "Structured", "Average"]
+    assert means == pytest.approx({"Natural": 0.3, "Specialized": 0.4, "Structured": 0.9, "Average": 1.6 / 3})
+
+
+def test_table_4():
+    assert train.MODULATION_LRS.keys() == train.BACKBONES.keys()
+    assert train.MODULATION_LRS["vit_large_patch16_224.mae"] == [1e-6, 3e-6, 1e-5, 3e-5]
+    assert train.MODULATION_LRS["deit_base_patch16_224"] == train.MODULATION_LRS["vit_base_patch16_224"] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
