@@ -718,6 +718,8 @@ def write_atomically(path, write):
     try:
         write(partial)
         os.replace(partial, path)
+    except Exception as error:  # a full disk is an OSError to Python, a RuntimeError to torch, and something else to safetensors
+        raise OSError(f"{path} can't be written ({reason(error)}): is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
 

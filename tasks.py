@@ -495,6 +495,18 @@ def _threaded(function, files, what):
             raise
 
 
+def lock(file, wait=True):
+    """Lock an open file: True; None where another process has it and we don't wait; False where there are no locks."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return None
+    except (ImportError, OSError):
+        return False
+
+
 @contextlib.contextmanager
 def alone(path):
     """Wait for the lock of `path` and hold it: True; False, at once, where there are no locks (Windows, some clusters' file systems).
@@ -504,13 +516,7 @@ def alone(path):
     """
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            import fcntl
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
-        except (ImportError, OSError):
-            locked = False
-        yield locked
+        yield lock(descriptor)
     finally:
         os.close(descriptor)
 

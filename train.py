@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 4 train.py --task cifar100 --backbone vit_base_patch16_224     # 4, data-parallel
     python train.py --help                                                     # every field, with its default
     python train.py benchmark --backbone vit_base_patch16_224                  # images/s of plain, ToMe and PYRA
+    python train.py grid grid.jsonl --workers 2                                # many runs: a config a line, as JSON
+    python train.py slurm grid.jsonl --max 16                                  # the same on a cluster: writes grid.sbatch
 
 A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (a line an epoch), state.pt (to resume from),
 adapter.safetensors and, last, result.json. A finished run is not repeated; an interrupted one goes on at its last epoch,
@@ -17,9 +19,11 @@ What it trains on is held in memory, or, for a task stream:/path/to/imagenet, re
 
 import argparse
 import ast
+import collections
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -28,7 +32,10 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -63,6 +70,8 @@ BACKBONES = {
     "deit_small_distilled_patch16_224": dict(weights="deit_small_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=4, batch_size=128),
     "deit_base_distilled_patch16_224": dict(weights="deit_base_distilled_patch16_224.fb_in1k", norm="imagenet", lora_rank=8, batch_size=128),
 }
+# Table 4: the learning rates of W_r and W_D that the paper chooses from, task by task. It lists ViT-B, ViT-L, MAE's ViT-L and DeiT-B.
+MODULATION_LRS = {name: [1e-6, 3e-6, 1e-5, 3e-5] if name.endswith(".mae") else [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3] for name in BACKBONES}
 METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")
 PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -344,6 +353,30 @@ def merged(model):
     return baselines.merge_fact(pyra.merge_lora(model))
 
 
+def first_stage(config):
+    """Of a config with two stages: LoRA without merging."""
+    return dataclasses.replace(config, method="plain", second_epochs=None)
+
+
+def diffrate_search(config):
+    """Of a config with DiffRate: the shorter run that finds its rates."""
+    return dataclasses.replace(config, method="diffrate_search", epochs=max(1, config.epochs // 10), warmup=0)
+
+
+def teacher_run(config):
+    """Of a config with a teacher: the larger backbone, adapted with LoRA."""
+    config = config.resolved()  # batch, normalisation and so on are the student's
+    return dataclasses.replace(config, backbone=config.teacher, weights=config.teacher_weights, teacher=None, teacher_weights=None, method="plain",
+                               peft="lora", lora_rank=None)
+
+
+def needed(config):
+    """The runs that a config's run starts from: runs of their own, which many may share."""
+    runs = [first_stage(config)] if config.second_epochs is not None else []
+    runs += [diffrate_search(config)] if config.method == "diffrate" else []
+    return runs + ([teacher_run(config)] if config.teacher else [])
+
+
 def start_from(model, result):
     """Gives the model the LoRA and head that a run without merging has trained: the second of two stages."""
     trained = safetensors.torch.load_file(Path(result.folder) / "adapter.safetensors")
@@ -552,8 +585,7 @@ def search(config, num_classes, device, folder):
 
 def teacher_logits(config, runs, device, progress):
     """PE-Dist: the logits of the larger backbone, LoRA-adapted to the task by a run of its own, for the images to train on: (n, classes)."""
-    teacher = dataclasses.replace(config, backbone=config.teacher, weights=config.teacher_weights, teacher=None, teacher_weights=None,
-                                  method="plain", peft="lora", lora_rank=None).resolved()
+    teacher = teacher_run(config).resolved()
     result = run(teacher, runs, progress)
     file = Path(result.folder) / f"logits-{config.train_split}.pt"  # no augmentation: they are the same in every epoch, and for every student
     with tasks.alone(Path(result.folder)):
@@ -630,20 +662,22 @@ def run(config, runs=None, progress=True):
 
     found = None
     if config.method == "diffrate":  # a run of its own finds the rates
-        found = run(dataclasses.replace(config, method="diffrate_search", epochs=max(1, config.epochs // 10), warmup=0), runs, progress).found
+        found = run(diffrate_search(config), runs, progress).found
     elif config.method in ("rap", "ats"):
         found = search(config, task.num_classes, device, folder)
     model = build_model(config, task.num_classes, found)
     told = teacher_logits(config, runs, device, progress) if config.teacher else None
     if config.second_epochs is not None:  # before this run's images are on the device: that one's are the same
-        start_from(model, run(dataclasses.replace(config, method="plain", second_epochs=None), runs, progress))
+        start_from(model, run(first_stage(config), runs, progress))
     data = streamed(config, model.img_size, device) if task.group == "Stream" else held_in_memory(config, model.img_size, device, told)
     if data.n < world:
         raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {world} processes")
     with contextlib.ExitStack() as stack:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(tasks.alone(folder))
+            if stack.enter_context(tasks.alone(folder)):
+                for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
+                    left.unlink()
         if world > 1:
             dist.barrier()
         if result := read_result(folder):  # somebody else has done it while we waited
@@ -811,6 +845,12 @@ def accuracy_over_seeds(results):
     return statistics.mean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0, len(accuracies)
 
 
+def group_means(accuracies, groups):
+    """{task: accuracy}, {task: its group} -> {group: its tasks' mean, ..., "Average": the groups' mean}: so the paper averages, and not over the 19 tasks."""
+    means = {group: statistics.mean(a for name, a in accuracies.items() if groups[name] == group) for group in dict.fromkeys(groups[name] for name in accuracies)}
+    return {**means, "Average": statistics.mean(means.values())}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Speed
 
@@ -918,6 +958,190 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def read_grid(file):
+    """A file with a config a line, as JSON with the fields that aren't the default: {"task": "dtd", "method": "tome"} -> Configs.
+
+    Raises ValueError that names the line.
+    """
+    configs, known = [], {f.name for f in dataclasses.fields(Config)}
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+                if not isinstance(values, dict) or values.keys() - known:
+                    raise ValueError(f"{min(values.keys() - known)!r} is no field of a config" if isinstance(values, dict) else "not a JSON object")
+                configs.append(Config(**values))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {pyra.reason(error)}") from error
+    if not configs:
+        raise ValueError(f"{file} lists no runs")
+    return configs
+
+
+def write_grid(configs, file):
+    """The file that read_grid reads."""
+    lines = [json.dumps({f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}) + "\n" for c in configs]
+    pyra.write_atomically(Path(file), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+
+
+def in_order(configs):
+    """{id: config}, each once, after the runs that it starts from."""
+    ordered = {}
+    for config in configs:
+        ordered |= {**in_order(needed(config)), config.id(): config}
+    return ordered
+
+
+def claim(folder):
+    """The log of a run, opened and locked for the process that is to do the run; None where one is at it.
+
+    The lock is on the open file, which is that process's output: it lasts as long as the process, whatever becomes of who started it.
+    """
+    file = folder.parent / "logs" / f"{folder.name}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = open(file, "ab")
+    taken = tasks.lock(log, wait=False) is None
+    if not taken and folder.is_dir():  # somebody may have started this run by hand, without our log
+        descriptor = os.open(folder, os.O_RDONLY)
+        taken = tasks.lock(descriptor, wait=False) is None
+        os.close(descriptor)
+    if taken:
+        log.close()
+    return None if taken else log
+
+
+def last_line(file):
+    lines = Path(file).read_bytes()[-10_000:].decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def run_grid(configs, workers=None, runs=None, progress=True):
+    """Runs what isn't recorded yet, each run in a process of its own, `workers` at a time. Returns the Results, None where a run failed.
+
+    workers: by default one a CUDA device, or one on the CPU; they take the devices in turn and share the cores (or OMP_NUM_THREADS says).
+    A run that ends in a sentence would do so again; one that ends in any other way is tried twice more. What failed is said on stderr, with its
+    log, runs/logs/<id>.log, and the others go on. Several runners may share a folder: none starts what another is at. Where the runner ends, its
+    processes end (on Linux; elsewhere, after kill -9, they finish the run that they are at), and the same call goes on at their last epochs.
+    """
+    runs, gpus = runs_folder(runs), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or [str(i) for i in range(torch.cuda.device_count())]
+    workers = max(1, len(gpus)) if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // workers)), **os.environ, "PYRA_RUNS": str(runs), "PYRA_RUNNER": str(os.getpid())}
+    todo = in_order(configs)
+    needs = {name: [first.id() for first in needed(config)] for name, config in todo.items()}
+    free, running, tries, failed = list(range(workers)), {}, collections.Counter(), {}
+
+    def recorded(name):
+        return (runs / name / "result.json").is_file()
+
+    def fail(name, why):
+        failed[name] = why
+        tqdm.write(f"failed: {name}: {why}; its log: {runs / 'logs' / f'{name}.log'}", file=sys.stderr)
+
+    def start(name, slot):
+        config = dataclasses.replace(todo[name], device=(todo[name].device or "").split(":")[0] or None)  # the one device that the process sees
+        command = [sys.executable, str(HERE / "train.py"), *arguments(config)]
+        visible = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+        with claim(runs / name) or contextlib.nullcontext() as log:
+            if log:
+                log.write(f"$ {shlex.join(command)}\n".encode())
+                log.flush()
+                return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **visible})
+
+    waiting = [name for name in todo if not recorded(name)]
+    shown, bar = "", tqdm(desc="runs", total=len(todo), initial=len(todo) - len(waiting), smoothing=0, disable=not progress)
+    try:
+        while True:
+            for name, (process, slot) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    free.append(slot)
+                    tries[name] += 1
+                    last = last_line(runs / "logs" / f"{name}.log")
+                    if recorded(name):
+                        continue
+                    if process.returncode > 0 and last.startswith("train.py: "):
+                        fail(name, last.removeprefix("train.py: "))
+                    elif tries[name] == 3:
+                        fail(name, f"killed by signal {-process.returncode}, three times" if process.returncode < 0 else last)
+                    else:
+                        waiting.append(name)
+            for name in list(waiting):
+                if not free:
+                    break
+                if recorded(name):
+                    waiting.remove(name)
+                elif any(first in failed for first in needs[name]):
+                    waiting.remove(name)
+                    fail(name, "a run that it starts from failed")
+                elif all(map(recorded, needs[name])):
+                    try:
+                        process = start(name, free[0])
+                    except OSError as error:  # a full disk, say
+                        waiting.remove(name)
+                        fail(name, pyra.reason(error))
+                        continue
+                    if process:
+                        waiting.remove(name)
+                        running[name] = process, free.pop(0)
+            counts = f"{len(running)} running, {len(failed)} failed"
+            if counts != shown or len(waiting) + len(running) < bar.total - bar.n:  # drawn when something happens: a log keeps every line
+                shown, bar.n = counts, bar.total - len(waiting) - len(running)
+                bar.set_postfix_str(counts)
+            if not waiting and not running:
+                break
+            time.sleep(0.3)
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.wait()
+        bar.close()
+    results = []
+    for config in configs:
+        try:
+            results.append(read_result(runs / config.id()))
+        except ValueError as error:
+            fail(config.id(), pyra.reason(error))
+            results.append(None)
+    return results
+
+
+def end_with(runner):
+    """Has this process killed when the process `runner`, which started it, ends, however it ends; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != runner:  # it ended before we asked
+            sys.exit("train.py: the runner that started this run is gone")
+
+
+def write_slurm(configs, file, runs=None, most=None):
+    """Writes a script for Slurm's sbatch that does what run_grid does: an array with a task a run, `most` at a time."""
+    runs, lines = runs_folder(runs), [shlex.join(arguments(c) or [f"--task={c.task}"]) for c in in_order(configs).values()]
+    count = min(len(lines), 1000)  # Slurm's default limit is 1001: in a longer list a task does every thousandth run
+    exports = {"PYRA_RUNS": str(runs), **{name: os.environ[name] for name in ("PYRA_DATA", "PYRA_CACHE") if os.environ.get(name)}}
+    script = f"""#!/bin/bash
+#SBATCH --job-name=pyra
+#SBATCH --array=0-{count - 1}{f"%{most}" if most else ""}
+#SBATCH --output="{runs}/logs/%x-%A_%a.log"
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# {len(lines)} runs. What is recorded is not repeated and what was interrupted goes on at its last epoch: submit this again as often as you like.
+# What your cluster asks for goes in front of this file's name: sbatch --gres=gpu:1 --cpus-per-task=4 --time=2:00:00 {Path(file).name}
+cd {shlex.quote(os.getcwd())}
+{shlex.join(["export", *(f"{name}={value}" for name, value in exports.items())])}
+sed -n "$((SLURM_ARRAY_TASK_ID + 1))~{count}p" <<'END' | xargs -L 1 {shlex.join([sys.executable, str(HERE / "train.py")])}
+"""
+    (runs / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its logs
+    pyra.write_atomically(Path(file), lambda partial: partial.write_text(script + "\n".join(lines) + "\nEND\n", encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -935,7 +1159,7 @@ def read_value(text, kinds):
 
 def parse(argv):
     """Command line -> Config; a list is written as JSON, [16,16,...]."""
-    parser = argparse.ArgumentParser(description="One run of PYRA; `train.py benchmark --help` for speed.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="One run of PYRA; `train.py benchmark --help` for speed, `train.py grid --help` for many.", allow_abbrev=False)
     fields = dataclasses.fields(Config)
     for f in fields:
         shown = "the paper's for the backbone, or the device's" if f.default is None else f.default
@@ -965,6 +1189,21 @@ def main(argv):
         for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds):
             print("{dtype:9} {model:6} {images_per_second:9.1f} {low:8.1f} {high:8.1f} {speedup:9.2f} {mac_ratio:10.2f}".format(**row))
         return
+    if argv[:1] in (["grid"], ["slurm"]):
+        parser = argparse.ArgumentParser(prog=f"train.py {argv[0]}", description="Many runs, from a file with a config a line: {\"task\": \"dtd\", \"seed\": 1}")
+        parser.add_argument("grid", help="the file")
+        if argv[0] == "grid":
+            parser.add_argument("--workers", type=int, help="runs at a time (default: one a CUDA device, or one)")
+            args = parser.parse_args(argv[1:])
+            results = run_grid(read_grid(args.grid), args.workers)
+            print(f"{len(results) - results.count(None)} of {len(results)} runs are recorded in {runs_folder()}")
+            sys.exit(int(None in results))
+        parser.add_argument("--max", type=int, help="tasks of the array that Slurm runs at a time (default: all)")
+        args = parser.parse_args(argv[1:])
+        script = Path(args.grid).with_suffix(".sbatch")
+        write_slurm(read_grid(args.grid), script, most=args.max)
+        print(f"sbatch {shlex.quote(str(script))}")
+        return
     result = run(parse(argv))
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} after the last epoch; record in {result.folder}")
@@ -973,9 +1212,12 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    if runner := os.environ.pop("PYRA_RUNNER", None):
+        end_with(int(runner))
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"train.py: {pyra.reason(error)}")
+        hint = "; with --micro_batch a device takes fewer images at once" if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.exit(f"train.py: {pyra.reason(error)}{hint}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on at the last epoch")

@@ -27,6 +27,7 @@ OTHER_PARAMETERS = {
     "compare_peft": [dict(pefts=["fact_tk", "adapter"], methods=["pyra"], with_adapter=["rap"], epochs=1, rates=[4.0], seconds=0.05)],
     "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
     "compare_reducers": [dict(methods=["evit", "diffrate"], peft="snf", epochs=1, rates=[4.0], seconds=0.05)],
+    "vtab": [dict(methods=["pyra"], rates=[4.0], lrs=[1e-4], seeds=[1, 2])],
 }
 WRONG_PARAMETERS = {
     "quickstart": [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")],
@@ -39,6 +40,8 @@ WRONG_PARAMETERS = {
     "compare_peft": [(dict(pefts=["fact"]), "peft must be one of lora, adapter"), (dict(pefts="snf"), "pefts must be of type list, not 'snf'")],
     "compare_reducers": [(dict(methods=["tomme"]), "method must be one of plain, tome, pyra, evit")],
     "compare_distillation": [(dict(teacher="vit_huge"), "backbone must be one of vit_nano_patch4_56")],
+    "vtab": [(dict(methods=["pira"]), "method must be one of .*, not 'pira'"), (dict(task_names=[]), "task_names needs an entry"), (dict(lrs=[-1.0]), "modulation_lr must be a finite number"),
+             (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
 }
 
 
@@ -86,7 +89,9 @@ def test_every_notebook_is_tried():
 def test_runs_with_other_parameters(name, parameters, small_task, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("PYRA_CACHE", str(tmp_path / "cache"))
-    if name not in ("schedule", "imagenet_finetune"):
+    if name == "vtab":
+        parameters = {**parameters, "task_names": [small_task]}
+    elif name not in ("schedule", "imagenet_finetune"):
         parameters = {**parameters, "task": small_task}
     out = execute(name, parameters, tmp_path)
     shown = [output.data["application/json"] for cell in out.cells if cell.cell_type == "code" for output in cell.outputs
@@ -135,6 +140,16 @@ def test_paper_settings_are_parameters(path):
     known = papermill.inspect_notebook(path.parents[1] / f"{path.stem}.ipynb")
     for name, value in yaml.safe_load(path.read_text()).items():
         assert type(value).__name__ == known[name]["inferred_type_name"], name
+
+
+def test_vtab_notebook_lists_its_runs_for_a_cluster(small_task, tmp_path, monkeypatch):
+    """First those that choose a learning rate, and ToMe's, which have nothing to wait for."""
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    execute("vtab", dict(task_names=[small_task], seeds=[3], grid_file=str(tmp_path / "grid.jsonl")), tmp_path)
+    configs = train.read_grid(tmp_path / "grid.jsonl")
+    assert [(c.method, c.modulation_lr, c.train_split, c.eval_split, c.seed) for c in configs] == [
+        ("pyra", 1e-4, "train800", "val200", 3), ("pyra", 3e-3, "train800", "val200", 3), ("tome", 1e-4, "train800val200", "test", 3)]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rank_notebook_shows_what_earlier_executions_recorded(small_task, tmp_path, monkeypatch):
