@@ -101,6 +101,14 @@ def merge_schedule(rate, depth=12, tokens=196):
     return solve_schedule(depth, tokens, flops_ratio=rate)
 
 
+def most_macs_ratio(model, remaining=4):
+    """How many times fewer MACs are left by the most merging: half of the tokens in every block, until `remaining` patches are left."""
+    counts = [model.num_patches + model.specials]
+    for _ in model.blocks:
+        counts.append(counts[-1] - min(most_merges(counts[-1], model.specials), counts[-1] - model.specials - remaining))
+    return macs_of_counts(model, counts[:1] * len(counts)) / macs_of_counts(model, counts)
+
+
 def solve_macs(model, flops_ratio, remaining=4):
     """The schedule of Eq. (1)'s family whose MACs, by `count_macs`, are a flops_ratio-th of the unmerged model's.
 
@@ -127,7 +135,7 @@ def solve_macs(model, flops_ratio, remaining=4):
     def miss(r):
         return abs(plain / macs_of_counts(model, counts(r)) / flops_ratio - 1)
 
-    most = plain / macs_of_counts(model, counts(curve(1e3)))
+    most = most_macs_ratio(model, remaining)
     if flops_ratio > most:
         raise ValueError(f"no schedule does {flops_ratio:g} times fewer operations and leaves {remaining} patches: {most:.2f} times is the most")
     low, high = 0.0, 1e3
