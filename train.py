@@ -108,6 +108,7 @@ class Config:
     device: str | None = _option(None, "cpu, cuda, cuda:1 ...")
     dtype: str | None = _option(None, "bfloat16 (the frozen weights too) or float32")
     compile: bool = _option(False, "torch.compile the training step's forward")
+    checkpoint: bool = _option(False, "compute each block again in the backward pass: less memory, a third more time")
     workers: int = _option(8, "processes a device that read the images of a stream: task")
 
     def __post_init__(self):
@@ -491,6 +492,7 @@ def fit(config, model, task, data, folder, rank, world, progress):
     groups = pyra.param_groups(model, config.lr, config.modulation_lr, config.weight_decay, config.layer_decay if full else None)
     optimizer = torch.optim.AdamW(groups, fused=True)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    model.checkpoint = config.checkpoint
     forward = torch.compile(model) if config.compile else model
     mix = mixup_or_cutmix(task.num_classes) if config.augment == "mae" else None
 
@@ -630,6 +632,9 @@ class Speed(NamedTuple):
     peak_memory: int | None  # bytes on a CUDA device, weights and one batch of images included; None on a CPU
 
 
+COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
+
+
 @torch.inference_mode()
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None):
     """How fast several models are, measured in turn: {name: Speed}.
@@ -641,8 +646,8 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     """
     if batch_size < 1 or rounds < 1:
         raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
-    if compile not in (None, "default", "reduce-overhead", "max-autotune"):
-        raise ValueError(f"compile must be None, default, reduce-overhead or max-autotune, not {compile!r}")
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, images, forward = DTYPES[dtype], {}, dict(models)
     if compile:

@@ -625,7 +625,7 @@ def test_write_atomically(tmp_path):
 OTHER = dict(
     task="digits", backbone="vit_tiny_patch16_224", weights="none", method="tome", rate="low", s=2, lora_rank=3, epochs=99, warmup=3, batch_size=16,
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
-    eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True,
+    eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True, checkpoint=True,
     peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
 )  # a value for each field that isn't its default
 
@@ -726,6 +726,18 @@ def test_two_processes_equal_one(task, tmp_path):
     assert abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
 
     assert_nearly_same(adapter(two), adapter(one), trained_part(train.build_model(config, 3)))
+
+
+@pytest.mark.parametrize("method", ["plain", "pyra"])
+def test_checkpointing_changes_nothing_but_memory(finished, method, tmp_path, monkeypatch):
+    """The same losses and weights, bit for bit, dropout and drop path included: each block is computed again with the same draws."""
+    config, result = finished(method)
+    calls, again = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **kwargs: calls.append(1) or again(*args, **kwargs))
+    checkpointed = train.run(dataclasses.replace(config, checkpoint=True), tmp_path, progress=False)
+    assert without_seconds(checkpointed.history) == without_seconds(result.history)
+    assert identical(adapter(checkpointed), adapter(result))
+    assert len(calls) == config.epochs * (3 * PER_CLASS // config.batch_size) * 12
 
 
 def test_micro_batches_draw_and_add_up_as_processes_do(task, tmp_path):
@@ -1135,7 +1147,7 @@ def test_benchmark_compiles(monkeypatch):
     assert asked == [dict(mode="reduce-overhead", fullgraph=True, dynamic=False)] * 9
 
 
-@pytest.mark.parametrize("changes, sentence", [(dict(rounds=0), "batch_size and rounds must be at least 1"), (dict(compile="fast"), "compile must be None, default")])
+@pytest.mark.parametrize("changes, sentence", [(dict(rounds=0), "batch_size and rounds must be at least 1"), (dict(compile="fast"), "compile must be one of None, default")])
 def test_benchmark_refuses(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         train.benchmark({}, **changes)
