@@ -762,11 +762,15 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
 
 
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
-    """Rows of plain, ToMe and PYRA on random weights, and of timm's model where timm is installed: a dict with dtype, model, mac_ratio and a Speed's fields."""
+    """Rows of plain, ToMe and PYRA on random weights, on a CPU also of PYRA packed (pyra.pack), and of timm's model where timm is installed.
+
+    A row is a dict with dtype, model, mac_ratio and a Speed's fields.
+    """
     try:
         import timm
     except ImportError:
         timm = None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         depth = len(pyra.create_model(backbone).blocks)
     rows = []
@@ -774,6 +778,8 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
         models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}
         pyra.add_tome(models["tome"], pyra.merge_schedule(rate, depth))
         pyra.add_pyra(models["pyra"], pyra.merge_schedule(rate, depth))
+        if device == "cpu" and not compile and torch.backends.mkldnn.is_available() and (dtype == "float32" or has_fast_bfloat16(device)):
+            models["packed"] = pyra.pack(copy.deepcopy(models["pyra"]).to(DTYPES[dtype]))
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
         if timm and timm.is_model(backbone):
             models["timm"], ratio["timm"] = timm.create_model(backbone), 1.0
