@@ -111,7 +111,7 @@ def forward_counted(model, images):
     tokens = model.embed(images)
     counts = [torch.full((len(images),), float(tokens.x.shape[1]), device=images.device)]
     for block in model.blocks:
-        tokens = block(tokens)
+        tokens = model.through(block, tokens)
         if isinstance(block.reducer, DiffRate) and model.training:
             counts.append(block.reducer.count(counts[-1]))
         else:

@@ -36,12 +36,14 @@ import json
 import math
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from einops import rearrange, repeat
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,6 +103,14 @@ def merge_schedule(rate, depth=12, tokens=196):
     return solve_schedule(depth, tokens, flops_ratio=rate)
 
 
+def most_macs_ratio(model, remaining=4):
+    """How many times fewer MACs are left by the most merging: half of the tokens in every block, until `remaining` patches are left."""
+    counts = [model.num_patches + model.specials]
+    for _ in model.blocks:
+        counts.append(counts[-1] - min(most_merges(counts[-1], model.specials), counts[-1] - model.specials - remaining))
+    return macs_of_counts(model, counts[:1] * len(counts)) / macs_of_counts(model, counts)
+
+
 def solve_macs(model, flops_ratio, remaining=4):
     """The schedule of Eq. (1)'s family whose MACs, by `count_macs`, are a flops_ratio-th of the unmerged model's.
 
@@ -127,7 +137,7 @@ def solve_macs(model, flops_ratio, remaining=4):
     def miss(r):
         return abs(plain / macs_of_counts(model, counts(r)) / flops_ratio - 1)
 
-    most = plain / macs_of_counts(model, counts(curve(1e3)))
+    most = most_macs_ratio(model, remaining)
     if flops_ratio > most:
         raise ValueError(f"no schedule does {flops_ratio:g} times fewer operations and leaves {remaining} patches: {most:.2f} times is the most")
     low, high = 0.0, 1e3
@@ -299,7 +309,8 @@ def merge(tokens, matching, modulate=None):
     if modulate is not None:
         x_src = modulate(x_src, take(x, dst))
     x = add_at(x, dst, x_src.to(x.dtype))
-    size = add_at(take(size, stay), dst, take(size, src))
+    size = size.gather(1, order[..., None])
+    size = size[:, :kept].scatter_add(1, dst[..., None], size[:, kept:])
 
     new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
     new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
@@ -488,6 +499,7 @@ class VisionTransformer(nn.Module):
         self.distilled, self.global_pool = distilled, global_pool
         self.num_patches = (img_size // patch_size) ** 2
         self.specials = 2 if distilled else 1
+        self.checkpoint = False  # in training: keep a block's input alone, and compute the block again in the backward pass
         self.peft = None  # a PEFT other than LoRA: its name and sizes, for `describe`
         self.merged = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
 
@@ -522,11 +534,16 @@ class VisionTransformer(nn.Module):
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
         return Tokens(x, None, source)
 
+    def through(self, block, tokens):
+        if self.checkpoint and self.training:
+            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
     def forward_tokens(self, images, depth=None):
         """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
         tokens = self.embed(images)
         for block in self.blocks[:depth]:
-            tokens = block(tokens)
+            tokens = self.through(block, tokens)
         return with_sizes(tokens)
 
     def pool(self, tokens):
@@ -623,6 +640,32 @@ def merge_lora(model):
             block.attn.qkv = block.attn.qkv.merged()
             model.merged = "LoRA"
     return model
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear map, on a CPU, with its weight in the layout that oneDNN computes in, and GELU in the same pass if asked for."""
+
+    def __init__(self, linear, activation="none"):
+        super().__init__()
+        self.in_features, self.out_features, self.activation = linear.in_features, linear.out_features, activation
+        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque: neither a parameter nor a buffer
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
+
+
+def pack(model):
+    """Makes a model for inference on a CPU, where nn.Linear rearranges its weight at each call: the same logits, to rounding, for less work.
+
+    Last of all, after merge_lora, `.to(dtype)` and whatever reads weights: they can't be saved, moved or exported any more. Returns the model.
+    """
+    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks) or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise ValueError("pack is for a model on a CPU, with oneDNN, after merge_lora")
+    for block in model.blocks:
+        block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
+        block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
+    return model.eval()
 
 
 def check_schedule(model, r):

@@ -30,6 +30,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -121,6 +123,7 @@ class Config:
     device: str | None = _option(None, "cpu, cuda, cuda:1 ...")
     dtype: str | None = _option(None, "bfloat16 (the frozen weights too) or float32")
     compile: bool = _option(False, "torch.compile the training step's forward")
+    checkpoint: bool = _option(False, "compute each block again in the backward pass: less memory, a third more time")
     workers: int = _option(8, "processes a device that read the images of a stream: task")
 
     def __post_init__(self):
@@ -701,6 +704,7 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
                                     layer_decay=config.layer_decay if full else None)
     optimizer = torch.optim.AdamW(groups, fused=True)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    model.checkpoint = config.checkpoint
     counted = config.method in ("ltmp", "diffrate_search")  # how many tokens stay is learned too
     budget = target_macs(config, model) if counted else None
     forward = functools.partial(baselines.forward_counted, model) if counted else model
@@ -855,42 +859,69 @@ def group_means(accuracies, groups):
 # Speed
 
 
+class Speed(NamedTuple):
+    images_per_second: float  # the median of the rounds
+    lowest: float
+    highest: float
+    speedup: float  # over the first of the models: the median of the ratios within each round, which a machine's drift can't touch
+    latency: float  # ms a batch, of the median round
+    peak_memory: int | None  # bytes on a CUDA device, weights and one batch of images included; None on a CPU
+
+
+COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
+
+
 @torch.inference_mode()
-def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7):
-    """Images/s of several models in turn: {name: (median, lowest, highest)} over the rounds.
+def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None):
+    """How fast several models are, measured in turn: {name: Speed}.
 
     models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first. Each round times every model for
-    seconds / rounds or at least one batch, so that a machine's drift meets them all: quote ratios of one call's medians.
+    seconds / rounds or at least one batch, and the device is waited for, so that a machine's drift meets them all alike.
+    compile: None, or torch.compile's mode, such as "default" or "reduce-overhead" (CUDA graphs); compiling isn't timed.
     The models are moved to device and dtype and stay there. Raises ValueError.
     """
     if batch_size < 1 or rounds < 1:
         raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, images = DTYPES[dtype], {}
+    dtype, images, forward = DTYPES[dtype], {}, dict(models)
+    if compile:
+        torch.compiler.reset()  # what earlier calls compiled would be tried first at each batch
     for name, model in models.items():
         model.eval().to(device, dtype)
         size = getattr(model, "img_size", 224)
         images[name] = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
+        if compile:  # fullgraph: what can't be compiled is an error, not a slow model
+            forward[name] = torch.compile(model, mode=compile, fullgraph=True, dynamic=False)
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
     def timed(name, batches):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait()
         start = time.perf_counter()
         for _ in range(batches):
-            models[name](images[name])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            forward[name](images[name])
+        wait()
         return time.perf_counter() - start
 
-    batches = {}
-    for name in models:
-        timed(name, 2)  # warm-up
-        batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
-    speeds = {name: [] for name in models}
+    batches, memory = {}, {}
+    # to torch.compile our models are variants of one function, and it gives up after eight
+    with torch._dynamo.config.patch(recompile_limit=max(8, len(models))) if compile else contextlib.nullcontext():
+        for name, model in models.items():
+            timed(name, 3 if compile else 1)  # warm-up; compiles, and the second and third run record and replay a CUDA graph
+            batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
+            if device.type == "cuda":  # the other models' weights and images lie there too, and don't count
+                others = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images[name]))
+                torch.cuda.reset_peak_memory_stats(device)
+                timed(name, 1)
+                memory[name] = torch.cuda.max_memory_allocated(device) - others
+    took = {name: [] for name in models}  # seconds a batch
     for _ in range(rounds):
         for name in models:
-            speeds[name].append(batch_size * batches[name] / timed(name, batches[name]))
-    return {name: (statistics.median(s), min(s), max(s)) for name, s in speeds.items()}
+            took[name].append(timed(name, batches[name]) / batches[name])
+    first = next(iter(took.values()))
+    return {name: Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), statistics.median(map(operator.truediv, first, t)),
+                        1000 * statistics.median(t), memory.get(name)) for name, t in took.items()}
 
 
 class Fitted(NamedTuple):
@@ -898,15 +929,37 @@ class Fitted(NamedTuple):
     mac_ratio: float  # what counting operations predicts
     speedup: float  # what was measured, over the same model unmerged
     images_per_second: float
+    miss: float  # of the target: measured / target - 1; beyond the tolerance where no schedule came closer
 
 
-def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0):
+def rising_through(points, target):
+    """The x at which the rising curve through the points {x: (y, weight)} has the height `target`.
+
+    Where noise makes the points fall, neighbours are averaged until they rise (isotonic regression); between those left the
+    curve is straight, and beyond the last it goes on in proportion.
+    """
+    pools = []
+    for x, (y, weight) in sorted(points.items()):
+        pools.append((x, y, weight))
+        while len(pools) > 1 and pools[-1][1] <= pools[-2][1]:
+            (x0, y0, w0), (x1, y1, w1) = pools[-2:]
+            pools[-2:] = [((x0 * w0 + x1 * w1) / (w0 + w1), (y0 * w0 + y1 * w1) / (w0 + w1), w0 + w1)]
+    for (x0, y0, _), (x1, y1, _) in zip(pools, pools[1:]):
+        if y0 <= target <= y1:
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+    x, y, _ = pools[-1] if target > pools[-1][1] else pools[0]
+    return x * target / y
+
+
+def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0, tries=10):
     """The merging schedule that makes a model as fast as asked for, as measured here: the supplement's "minor adjustments
     based on actually tested throughput". Returns a Fitted; the model stays as it is.
 
-    speedup: over the same model unmerged; or images_per_second. Measured in turns with the unmerged model (see benchmark), for
-    `seconds` each, until the median is within the tolerance. ToMe is measured; PYRA costs the same to a per cent or two. Each
-    schedule tried is the mildest of Eq. (1)'s family for its MACs. Raises ValueError where none meets the target.
+    speedup: over the same model unmerged; or images_per_second. Each try measures a schedule, the mildest of Eq. (1)'s family
+    for its MACs, in turn with the unmerged model (see benchmark) for `seconds` each, in more rounds once the target is near; the next one
+    is where the rising curve through all that was measured meets the target. Where none of the tries is within the tolerance,
+    a warning says so, and the closest is returned. ToMe is measured; PYRA costs the same to a per cent or two.
+    Raises ValueError for a target that takes no merging, or fewer operations than the most merging leaves.
     """
     target = images_per_second if speedup is None else speedup
     if (speedup is None) == (images_per_second is None) or isinstance(target, (bool, str)) or not 0 < target < math.inf:
@@ -914,46 +967,60 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
     if speedup is not None and speedup <= 1:
         raise ValueError(f"speedup must be greater than 1, not {speedup}")
     plain = pyra.merge_lora(pyra.add_tome(copy.deepcopy(model), 0))
-    ratio, tried = speedup, []
-    if ratio is None:
-        ratio = images_per_second / benchmark({"plain": plain}, batch_size, dtype, device, seconds)["plain"][0]
-        if ratio <= 1:
-            raise ValueError(f"the model does {images_per_second / ratio:.4g} images/s without merging, more than the {images_per_second:g} asked for")
-    for _ in tqdm(range(8), desc="fitting the schedule", leave=False):
-        try:
-            schedule = pyra.solve_macs(plain, ratio)
-        except ValueError as error:
-            raise ValueError(f"the target of {target:g} is out of reach here; tried, and measured: {tried or 'nothing'}; {error}") from error
+    unmerged = 1.0 if images_per_second is None else benchmark({"plain": plain}, batch_size, dtype, device, seconds)["plain"].images_per_second
+    if target <= unmerged:
+        raise ValueError(f"the model does {unmerged:.4g} images/s without merging, more than the {target:g} asked for")
+    ratio, most = target / unmerged, pyra.most_macs_ratio(plain)
+    if ratio > most:
+        raise ValueError(f"the target of {target:g} is out of reach here: it takes {ratio:.3g} times fewer operations, and merging saves {most:.3g} times at most")
+    tried, rounds = {}, 5  # tried: ratio of operations -> schedule, rounds measured, and the means of speed-up and images/s over them
+    for _ in tqdm(range(tries), desc="fitting the schedule", leave=False):
+        schedule = pyra.solve_macs(plain, ratio)
         merged = pyra.add_tome(copy.deepcopy(plain), schedule)
-        speeds = benchmark({"plain": plain, "merged": merged}, batch_size, dtype, device, seconds, rounds=9)
-        measured = speeds["merged"][0] / (speeds["plain"][0] if images_per_second is None else 1)
-        tried.append((round(ratio, 3), round(measured, 3)))
-        if abs(measured / target - 1) <= tolerance:
-            return Fitted(schedule, pyra.count_macs(plain) / pyra.count_macs(merged), speeds["merged"][0] / speeds["plain"][0], speeds["merged"][0])
-        ratio = max(1 + (ratio - 1) * 0.1, ratio * target / measured)
-    raise ValueError(f"no schedule came within {tolerance:.0%} of {target:g}; tried ratios of operations, and measured: {tried}")
+        ratio = pyra.count_macs(plain) / pyra.count_macs(merged)
+        speed = benchmark({"plain": plain, "merged": merged}, batch_size, dtype, device, seconds * rounds / 15, rounds)["merged"]
+        _, n, *means = tried.get(ratio, (schedule, 0, 0.0, 0.0))  # one that comes up again is measured better, not anew
+        means = [(n * mean + rounds * now) / (n + rounds) for mean, now in zip(means, (speed.speedup, speed.images_per_second))]
+        tried[ratio] = (schedule, n + rounds, *means)
+        measured = {x: (t[2] if images_per_second is None else t[3], t[1]) for x, t in tried.items()}  # what the target is of, and its weight
+        misses = {x: y / target - 1 for x, (y, _) in measured.items()}
+        if abs(misses[ratio]) <= tolerance and n + rounds >= 15:
+            break
+        if abs(misses[ratio]) <= 3 * tolerance:
+            rounds = 15
+        ratio = min(max(1.01, rising_through({1.0: (unmerged, 1), **measured}, target)), most)
+    ratio = min(tried, key=lambda x: (tried[x][1] < 15, abs(misses[x])))
+    schedule, _, speedup, images_per_second = tried[ratio]
+    if abs(misses[ratio]) > tolerance:
+        listed = ", ".join(f"{x:.2f}: {y:.4g}" for x, (y, _) in sorted(measured.items()))
+        warnings.warn(f"no schedule came within {tolerance:.0%} of {target:g}, the closest misses it by {misses[ratio]:+.1%}; ratios of operations, and what they measured: {listed}", stacklevel=2)
+    return Fitted(schedule, ratio, speedup, images_per_second, misses[ratio])
 
 
-def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7):
-    """Rows of plain, ToMe and PYRA on random weights, and of timm's model where timm is installed, in fp32 and bf16."""
+def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
+    """Rows of plain, ToMe and PYRA on random weights, on a CPU also of PYRA packed (pyra.pack), and of timm's model where timm is installed.
+
+    A row is a dict with dtype, model, mac_ratio and a Speed's fields.
+    """
     try:
         import timm
     except ImportError:
         timm = None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         depth = len(pyra.create_model(backbone).blocks)
     rows = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}
         pyra.add_tome(models["tome"], pyra.merge_schedule(rate, depth))
         pyra.add_pyra(models["pyra"], pyra.merge_schedule(rate, depth))
+        if device == "cpu" and not compile and torch.backends.mkldnn.is_available() and (dtype == "float32" or has_fast_bfloat16(device)):
+            models["packed"] = pyra.pack(copy.deepcopy(models["pyra"]).to(DTYPES[dtype]))
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
         if timm and timm.is_model(backbone):
             models["timm"], ratio["timm"] = timm.create_model(backbone), 1.0
-        speeds = benchmark(models, batch_size, dtype, device, seconds, rounds)
-        for name, (median, low, high) in speeds.items():
-            rows.append(dict(dtype=dtype, model=name, images_per_second=median, low=low, high=high,
-                             speedup=median / speeds["plain"][0], mac_ratio=ratio[name]))
+        speeds = benchmark(models, batch_size, dtype, device, seconds, rounds, compile)
+        rows += [dict(dtype=dtype, model=name, mac_ratio=ratio[name], **speed._asdict()) for name, speed in speeds.items()]
     return rows
 
 
@@ -1183,11 +1250,15 @@ def main(argv):
         parser.add_argument("--device")
         parser.add_argument("--seconds", type=float, default=10.0, help="for each model and dtype")
         parser.add_argument("--rounds", type=int, default=7)
+        parser.add_argument("--dtype", choices=list(DTYPES), help="both by default")
+        parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
         args = parser.parse_args(argv[1:])
         check_device(args.device)
-        print(f"{'dtype':9} {'model':6} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10}")
-        for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds):
-            print("{dtype:9} {model:6} {images_per_second:9.1f} {low:8.1f} {high:8.1f} {speedup:9.2f} {mac_ratio:10.2f}".format(**row))
+        print(f"{'dtype':9} {'model':6} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10} {'ms/batch':>9} {'peak MB':>8}")
+        for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds,
+                                   args.compile, [args.dtype] if args.dtype else DTYPES):
+            row["peak"] = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
+            print("{dtype:9} {model:6} {images_per_second:9.1f} {lowest:8.1f} {highest:8.1f} {speedup:9.2f} {mac_ratio:10.2f} {latency:9.1f} {peak:>8}".format(**row))
         return
     if argv[:1] in (["grid"], ["slurm"]):
         parser = argparse.ArgumentParser(prog=f"train.py {argv[0]}", description="Many runs, from a file with a config a line: {\"task\": \"dtd\", \"seed\": 1}")

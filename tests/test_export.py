@@ -54,6 +54,34 @@ def test_torch_export(method, kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Packed for a CPU
+
+
+@pytest.mark.parametrize("method, kwargs", [("plain", {}), ("tome", dict(global_pool="avg")), ("pyra", dict(distilled=True, s=2))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_pack(method, kwargs, dtype):
+    """The same logits for any batch, and the same count of operations."""
+    if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("no oneDNN, or none that computes in bfloat16 here")
+    model = pyra.merge_lora(tiny(method, **kwargs)).to(dtype)
+    packed = pyra.pack(copy.deepcopy(model))
+    assert pyra.count_macs(packed) == pyra.count_macs(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.blocks.modules())
+    for b in (1, 2, 7):
+        images = tasks.normalize(pixels(b), "half").to(dtype)
+        if dtype == torch.float32:
+            torch.testing.assert_close(packed(images), model(images), rtol=1e-5, atol=1e-5)
+        else:  # rounding may settle a match differently
+            assert packed(images).dtype == dtype and (packed(images) - model(images)).abs().median() < 0.1 * model(images).abs().max()
+
+
+def test_pack_refuses_lora():
+    with pytest.raises(ValueError, match="after merge_lora"):
+        pyra.pack(tiny("pyra"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # ONNX
 
 

@@ -28,6 +28,8 @@ OTHER_PARAMETERS = {
     "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
     "compare_reducers": [dict(methods=["evit", "diffrate"], peft="snf", epochs=1, rates=[4.0], seconds=0.05)],
     "vtab": [dict(methods=["pyra"], rates=[4.0], lrs=[1e-4], seeds=[1, 2])],
+    "throughput": [dict(rates=[2.5], batch_sizes=[2], dtypes=["float32"], seconds=0.01, rounds=2)],
+    "deploy": [dict(epochs=1, target_speedup=3.0, serve_batch=2, seconds=0.02, seed=1)],
 }
 WRONG_PARAMETERS = {
     "quickstart": [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")],
@@ -42,6 +44,8 @@ WRONG_PARAMETERS = {
     "compare_distillation": [(dict(teacher="vit_huge"), "backbone must be one of vit_nano_patch4_56")],
     "vtab": [(dict(methods=["pira"]), "method must be one of .*, not 'pira'"), (dict(task_names=[]), "task_names needs an entry"), (dict(lrs=[-1.0]), "modulation_lr must be a finite number"),
              (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
+    "throughput": [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number"), (dict(dtypes=["float16"]), "dtypes must be of float32, bfloat16"), (dict(compile="fast"), "compile must be one of None, default")],
+    "deploy": [(dict(target_speedup=1.0), "target_speedup must be greater than 1"), (dict(path="nowhere"), "nowhere is not a folder")],
 }
 
 
@@ -91,21 +95,26 @@ def test_runs_with_other_parameters(name, parameters, small_task, tmp_path, monk
     monkeypatch.setenv("PYRA_CACHE", str(tmp_path / "cache"))
     if name == "vtab":
         parameters = {**parameters, "task_names": [small_task]}
-    elif name not in ("schedule", "imagenet_finetune"):
+    elif name == "deploy":
+        parameters = {**parameters, "path": small_task.removeprefix("folder:")}
+    elif name not in ("schedule", "throughput", "imagenet_finetune"):
         parameters = {**parameters, "task": small_task}
     out = execute(name, parameters, tmp_path)
     shown = [output.data["application/json"] for cell in out.cells if cell.cell_type == "code" for output in cell.outputs
              if output.output_type == "display_data" and "application/json" in output.data]
     assert len(shown) == 1 and shown[0]
     for result in shown[0].values():
-        if name == "schedule":
-            assert result["speedup"] > 0 and result["mac_ratio"] > 1
+        if name in ("schedule", "throughput"):
+            assert result["speedup"] > 0 and result["mac_ratio"] >= 1
         else:
             accuracies = result["accuracy"] if isinstance(result["accuracy"], list) else [result["accuracy"]]
             assert len(accuracies) == len(parameters.get("seeds", [0])) and all(0 <= accuracy <= 1 for accuracy in accuracies)
     fields = {field.name for field in dataclasses.fields(train.Config)} - {"s", "rate", "device", "dtype", "method", "second_epochs"}
     recorded = [json.loads(file.read_text())["config"] for file in (tmp_path / "runs").glob("*/result.json")]
-    assert bool(recorded) == (name != "schedule")
+    assert bool(recorded) == (name not in ("schedule", "throughput"))
+    if name == "deploy":
+        assert shown[0]["pyra"]["files"] == ["adapter.safetensors", "model.onnx", "model.pt2", "model_card.md"] == sorted(f.name for f in (tmp_path / "runs" / "deployed").iterdir())
+        assert shown[0]["pyra"]["mac_ratio"] > 1 and recorded[0]["rate"] == shown[0]["pyra"]["schedule"]
     for key in parameters.keys() & fields:
         assert all(config[key] == parameters[key] for config in recorded), key
     for key in parameters.keys() & {"s", "rate"}:  # what a method has no use for, its record has the default of
