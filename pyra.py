@@ -660,8 +660,10 @@ def pack(model):
 
     Last of all, after merge_lora, `.to(dtype)` and whatever reads weights: they can't be saved, moved or exported any more. Returns the model.
     """
-    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks) or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        raise ValueError("pack is for a model on a CPU, with oneDNN, after merge_lora")
+    plain = all([type(block.attn), type(block.mlp)] == [Attention, Mlp] and {type(part) for part in (*block.attn.children(), *block.mlp.children())} == {nn.Linear}
+                for block in model.blocks)
+    if not plain or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise ValueError("pack is for a model on a CPU, with oneDNN, whose LoRA or other PEFT is folded in")
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
         block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))

@@ -76,9 +76,15 @@ def test_pack(method, kwargs, dtype):
             assert packed(images).dtype == dtype and (packed(images) - model(images)).abs().median() < 0.1 * model(images).abs().max()
 
 
-def test_pack_refuses_lora():
-    with pytest.raises(ValueError, match="after merge_lora"):
-        pyra.pack(tiny("pyra"))
+@torch.no_grad()
+def test_pack_refuses_what_is_not_plain():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN here")
+    model = tiny("pyra")
+    for _ in range(2):  # with LoRA, then packed already
+        with pytest.raises(ValueError, match="pack is for a model on a CPU, with oneDNN, whose LoRA or other PEFT is folded in"):
+            pyra.pack(model)
+        model = pyra.pack(pyra.merge_lora(tiny("pyra")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

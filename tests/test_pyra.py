@@ -1470,6 +1470,15 @@ def test_solved_schedule_cannot_be_bettered_by_one_pair():
                 assert miss(other) >= best
 
 
+def test_the_most_merging_is_where_solve_macs_ends():
+    model = pyra.create_model("vit_nano_patch4_56")
+    most = pyra.most_macs_ratio(model)
+    r = pyra.solve_macs(model, most)
+    assert r[:3] == [98, 49, 24] and sum(r) == model.num_patches - 4
+    with pytest.raises(ValueError, match="times is the most"):
+        pyra.solve_macs(model, most * 1.001)
+
+
 @pytest.mark.parametrize("kwargs, sentence", [
     (dict(flops_ratio=1), "flops_ratio must be a finite number greater than 1, not 1"), (dict(flops_ratio="2"), "flops_ratio must be"),
     (dict(flops_ratio=2, remaining=0), "remaining must be an integer from 1 to 195, not 0"), (dict(flops_ratio=40), "no schedule does 40 times fewer operations"),
