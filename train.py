@@ -1055,11 +1055,9 @@ def write_grid(configs, file):
 
 
 def in_order(configs):
-    """{id: config}, each once, after the runs that it starts from."""
-    ordered = {}
-    for config in configs:
-        ordered |= {**in_order(needed(config)), config.id(): config}
-    return ordered
+    """{id: config}, each once, behind all the runs that any of them starts from."""
+    first = [run for config in configs for run in needed(config)]
+    return {**(in_order(first) if first else {}), **{config.id(): config for config in configs}}
 
 
 def claim(folder):
