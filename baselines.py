@@ -203,7 +203,7 @@ def evit_keep_rate(model, macs, layers=None):
         return pyra.macs_of_counts(model, counts)
 
     if cost(1e-4) > macs:
-        raise ValueError(f"EViT in blocks {layers} costs {cost(1e-4):,} MACs at the least, not {macs:,.0f}: let it act in more blocks or earlier")
+        raise ValueError(f"EViT in blocks {layers} costs {cost(1e-4):,} MACs at the least, not {macs:,.0f}: let it act in more blocks or earlier, or ask for less")
     low, high = 1, 10_000
     while low < high:
         middle = (low + high + 1) // 2
@@ -324,11 +324,8 @@ def add_ats(model, counts):
 
 def ats_counts(model, r):
     """add_ats's counts such that no block keeps more tokens than the merging schedule r leaves; it may keep fewer. Raises ValueError."""
-    n, counts = model.num_patches + model.specials, []
-    for entry in pyra.check_schedule(model, r):
-        n -= min(entry, pyra.most_merges(n, model.specials))
-        counts.append(n if entry else None)
-    return counts
+    r = pyra.check_schedule(model, r)
+    return [n if entry else None for entry, n in zip(r, pyra.counts_of_schedule(model, r)[1:])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -660,10 +660,10 @@ def pack(model):
 
     Last of all, after merge_lora, `.to(dtype)` and whatever reads weights: they can't be saved, moved or exported any more. Returns the model.
     """
-    plain = all([type(block.attn), type(block.mlp)] == [Attention, Mlp] and {type(part) for part in (*block.attn.children(), *block.mlp.children())} == {nn.Linear}
+    plain = all(isinstance(block.attn, Attention) and type(block.mlp) is Mlp and {type(part) for part in (*block.attn.children(), *block.mlp.children())} == {nn.Linear}
                 for block in model.blocks)
     if not plain or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        raise ValueError("pack is for a model on a CPU, with oneDNN, whose LoRA or other PEFT is folded in")
+        raise ValueError("pack is for a model on a CPU, with oneDNN, and with plain linear maps: not packed yet, its LoRA or FacT folded in")
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
         block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
@@ -992,6 +992,8 @@ def export_onnx(model, path, mean, std):
         raise ValueError(f"std must be greater than 0, not {std!r}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"there is no folder for {str(path)!r}")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("the model is packed for this CPU: export it before pack")
     try:
         from onnxscript import opset18 as op
     except ImportError as error:
@@ -1024,6 +1026,14 @@ def token_counts(model):
     counts = [model.num_patches + model.specials]
     for block in model.blocks:
         counts.append(counts[-1] if block.reducer is None else block.reducer.tokens_after(counts[-1]))
+    return counts
+
+
+def counts_of_schedule(model, r):
+    """The same for merging by the schedule r, a list with one entry a block, that clamps as ToMe does."""
+    counts = [model.num_patches + model.specials]
+    for entry in r:
+        counts.append(counts[-1] - min(entry, most_merges(counts[-1], model.specials)))
     return counts
 
 

@@ -8,7 +8,7 @@
     python train.py slurm grid.jsonl --max 16                                  # the same on a cluster: writes grid.sbatch
 
 A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (a line an epoch), state.pt (to resume from),
-adapter.safetensors and, last, result.json. A finished run is not repeated; an interrupted one goes on at its last epoch,
+adapter.safetensors, what else it found or told, and, last, result.json. A finished run is not repeated; an interrupted one goes on at its last epoch,
 on a CPU bit for bit as if nothing had happened (a GPU adds merged tokens up in no fixed order). The id knows the config,
 not the files behind it nor this code: after changing images, weights or code, delete the folder.
 
@@ -25,6 +25,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -74,7 +75,7 @@ BACKBONES = {
 }
 # Table 4: the learning rates of W_r and W_D that the paper chooses from, task by task. It lists ViT-B, ViT-L, MAE's ViT-L and DeiT-B.
 MODULATION_LRS = {name: [1e-6, 3e-6, 1e-5, 3e-5] if name.endswith(".mae") else [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3] for name in BACKBONES}
-METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")
+METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")  # the search is a run of its own, DiffRate's first
 PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,7 +92,7 @@ class Config:
     task: str = _option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, sprites_... or digits (see tasks.py)")
     backbone: str = _option("vit_nano_patch4_56", "timm's name; with .mae: average pooling")
     weights: str | None = _option(None, "a file or a timm name on the Hugging Face hub; 'none': random")
-    method: str = _option("pyra", "plain (LoRA only), tome, pyra; or with as many operations evit, tofu, ats, ltmp, diffrate, or rap, which prunes channels")
+    method: str = _option("pyra", "plain (LoRA only), tome, pyra; or with as many operations evit, tofu, ats, ltmp, diffrate, or rap, which prunes channels (chosen on val200)")
     rate: str | float | list = _option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry a block")
     s: int = _option(1, "rank of PYRA's generators")
     peft: str = _option("lora", "lora, adapter, convpass, fact_tt, fact_tk or snf; or full: the whole backbone is trained")
@@ -102,7 +103,7 @@ class Config:
     teacher_weights: str | None = _option(None, "the teacher's weights, as `weights`")
     # how
     epochs: int = _option(100, "epochs")
-    second_epochs: int | None = _option(None, "two stages: LoRA without merging for `epochs`, then with it for so many more, 0 or more; None: one stage")
+    second_epochs: int | None = _option(None, "two stages: without merging for `epochs`, then with it for so many more, 0 or more, a tenth of them warm-up; None: one stage")
     warmup: int | None = _option(None, "epochs of linear warm-up; a tenth of the epochs by default")
     batch_size: int | None = _option(None, "images a step, over all devices")
     micro_batch: int | None = _option(None, "images a device takes at once, gradients add up over a step; all by default")
@@ -111,7 +112,7 @@ class Config:
     modulation_lr: float = _option(1e-4, "learning rate of w_r and w_d; Table 4 tunes it per task")
     weight_decay: float = _option(1e-4, "AdamW's weight decay")
     drop_path: float = _option(0.1, "stochastic depth of the last block, rising linearly from 0")
-    dropout: float = _option(0.1, "on LoRA's input")
+    dropout: float = _option(0.1, "on LoRA's input, or inside another PEFT")
     augment: str = _option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)")
     norm: str | None = _option(None, "imagenet, half (0.5) or none")
     seed: int = _option(0, "seed of initialisation, order and dropout")
@@ -152,7 +153,7 @@ class Config:
         for name, known in dict(backbone=BACKBONES, teacher=(None, *BACKBONES), method=METHODS, peft=PEFTS, augment=("none", "mae"), norm=(None, *tasks.NORMS), dtype=(None, *DTYPES),
                                 train_split=tasks.SPLITS, eval_split=tasks.SPLITS).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(k for k in known if k)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(k for k in known if k and k != 'diffrate_search')}, not {getattr(self, name)!r}")
         if self.warmup is not None and self.warmup >= self.epochs:
             raise ValueError(f"warmup ({self.warmup}) must be less than epochs ({self.epochs})")
         if self.second_epochs is not None and (self.method not in ("tome", "pyra", "evit", "tofu") or self.peft == "full"):
@@ -284,33 +285,32 @@ def add_peft(model, config):
         baselines.add_snf(model)
     else:
         torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE's fine-tuning has it
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith("head_dist."))  # the class head alone is trained and asked
 
 
-def schedule_of(config, model):
-    """Pairs that the config's rate merges in each block of the model."""
-    if isinstance(config.rate, list):
-        return config.rate
-    r = pyra.merge_schedule(config.rate, len(model.blocks), model.num_patches)
+def schedule_of(rate, model):
+    """Pairs that a config's rate merges in each block of the model."""
+    if isinstance(rate, list):
+        return rate
+    r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches)
     r[-1] = min(r[-1], (model.num_patches - sum(r[:-1])) // 2)  # Eq. (1) asks too much of the last block; so does the paper's constant 16
     return r
 
 
 def target_macs(config, model):
-    """What the config's rate, merging, leaves to do for an unpruned model: every other reducer gets the same budget."""
-    counts = [model.num_patches + model.specials]
-    for entry in pyra.check_schedule(model, schedule_of(config, model)):
-        counts.append(counts[-1] - entry)
-    return pyra.macs_of_counts(model, counts)
+    """What the config's rate, merging, leaves to do for an unpruned model: every other reducer gets the same budget. Raises ValueError."""
+    return pyra.macs_of_counts(model, pyra.counts_of_schedule(model, pyra.check_schedule(model, schedule_of(config.rate, model))))
 
 
 def add_reducer(model, config, found=None):
     """The config's token reducer, on the model."""
     if config.method == "tome":
-        pyra.add_tome(model, schedule_of(config, model))
+        pyra.add_tome(model, schedule_of(config.rate, model))
     elif config.method == "pyra":
-        pyra.add_pyra(model, schedule_of(config, model), config.s)
+        pyra.add_pyra(model, schedule_of(config.rate, model), config.s)
     elif config.method == "tofu":
-        baselines.add_tofu(model, schedule_of(config, model))
+        baselines.add_tofu(model, schedule_of(config.rate, model))
     elif config.method == "evit":
         try:
             layers, keep_rate = None, baselines.evit_keep_rate(model, target_macs(config, model))
@@ -368,9 +368,9 @@ def diffrate_search(config):
 
 def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
-    config = config.resolved()  # batch, normalisation and so on are the student's
+    config = config.resolved()  # normalisation and so on are the student's
     return dataclasses.replace(config, backbone=config.teacher, weights=config.teacher_weights, teacher=None, teacher_weights=None, method="plain",
-                               peft="lora", lora_rank=None)
+                               second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
 
 
 def needed(config):
@@ -563,7 +563,7 @@ def search_counts(config, num_classes, device):
     to train on.
     """
     model = pretrained(config, num_classes).eval().to(device)
-    counts, target = baselines.ats_counts(model, schedule_of(config, model)), target_macs(config, model)
+    counts, target = baselines.ats_counts(model, schedule_of(config.rate, model)), target_macs(config, model)
     counted = lambda x: baselines.forward_counted(model, x)[1].T
     low, high = 1.0, 16.0
     for _ in range(9):
@@ -576,13 +576,16 @@ def search_counts(config, num_classes, device):
 
 
 def search(config, num_classes, device, folder):
-    """What method rap or ats searches for before training: once, then it stands in the run's folder."""
+    """What method rap or ats searches for before training: once, by the first process, then it stands in the run's folder."""
     file = folder / "found.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tasks.alone(folder):
-        if not file.is_file():
-            found = {"rap": search_channels, "ats": search_counts}[config.method](config, num_classes, device)
-            pyra.write_atomically(file, lambda p: p.write_text(json.dumps(found)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tasks.alone(folder):
+            if not file.is_file():
+                found = {"rap": search_channels, "ats": search_counts}[config.method](config, num_classes, device)
+                pyra.write_atomically(file, lambda p: p.write_text(json.dumps(found)))
+    if dist.is_initialized():
+        dist.barrier()
     return json.loads(file.read_text())
 
 
@@ -632,8 +635,11 @@ def recorded(config, vary, runs=None):
     found = []
     for file in sorted(runs_folder(runs).glob("*/result.json")):
         result = read_result(file.parent)
-        like = dataclasses.replace(config, **{name: result.config[name] for name in vary}).resolved()
-        theirs = {**{f.name: f.default for f in dataclasses.fields(Config)}, **result.config}
+        theirs = {**{f.name: f.default for f in dataclasses.fields(Config)}, **result.config}  # an older record lacks newer fields
+        try:
+            like = dataclasses.replace(config, **{name: theirs[name] for name in vary}).resolved()
+        except ValueError:  # what varies there, such as the method, does not go with this config
+            continue
         if all(theirs[k] == v for k, v in dataclasses.asdict(like).items() if k not in ("device", "workers")):
             found.append(result)
     return found
@@ -650,7 +656,7 @@ def run(config, runs=None, progress=True):
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = runs_folder(runs) / config.id()
-    if result := read_result(folder):
+    if world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
         return result
     task = tasks.find_task(config.task, config.data_root)
     if config.batch_size % world:
@@ -661,8 +667,11 @@ def run(config, runs=None, progress=True):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # days: the first process may wait for a run that others are at, and the rest wait for it
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
 
+    with torch.device("meta"):
+        target_macs(config, create_backbone(config, task.num_classes))  # refuses a schedule that doesn't fit before anything is written
     found = None
     if config.method == "diffrate":  # a run of its own finds the rates
         found = run(diffrate_search(config), runs, progress).found
@@ -795,13 +804,15 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     counts = token_counts(model, config, data, dtype).double()
     means = counts.mean(dim=1).tolist()
     macs = baselines.mean_macs(model, counts) + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
+    if config.method in ("ats", "ltmp", "diffrate") and not 0.95 < macs / target_macs(config, model) < 1.05:
+        warnings.warn(f"{folder.name} does {macs / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
     if config.method == "diffrate_search":
         found = [list(pair) for pair in baselines.diffrate_rates(model)]
     result = Result(
         config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
         macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], found=found, trained=count_trained(model),
-        backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name)),
+        backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
         seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         versions=dict(torch=torch.__version__, python=sys.version.split()[0]),
@@ -872,11 +883,12 @@ COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
 
 @torch.inference_mode()
-def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None):
+def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
     """How fast several models are, measured in turn: {name: Speed}.
 
     models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first. Each round times every model for
     seconds / rounds or at least one batch, and the device is waited for, so that a machine's drift meets them all alike.
+    images: real ones, normalised, (n, 3, h, w), repeated up to the batch, where their number of tokens depends on them (ATS, LTMP); else noise.
     compile: None, or torch.compile's mode, such as "default" or "reduce-overhead" (CUDA graphs); compiling isn't timed.
     The models are moved to device and dtype and stay there. Raises ValueError.
     """
@@ -885,13 +897,14 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     if compile not in COMPILE_MODES:
         raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, images, forward = DTYPES[dtype], {}, dict(models)
+    dtype, batch, forward = DTYPES[dtype], {}, dict(models)
     if compile:
         torch.compiler.reset()  # what earlier calls compiled would be tried first at each batch
     for name, model in models.items():
         model.eval().to(device, dtype)
         size = getattr(model, "img_size", 224)
-        images[name] = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
+        batch[name] = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
+        batch[name] = batch[name].to(device, dtype)
         if compile:  # fullgraph: what can't be compiled is an error, not a slow model
             forward[name] = torch.compile(model, mode=compile, fullgraph=True, dynamic=False)
     wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
@@ -900,7 +913,7 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         wait()
         start = time.perf_counter()
         for _ in range(batches):
-            forward[name](images[name])
+            forward[name](batch[name])
         wait()
         return time.perf_counter() - start
 
@@ -911,7 +924,7 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
             timed(name, 3 if compile else 1)  # warm-up; compiles, and the second and third run record and replay a CUDA graph
             batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
             if device.type == "cuda":  # the other models' weights and images lie there too, and don't count
-                others = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images[name]))
+                others = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name]))
                 torch.cuda.reset_peak_memory_stats(device)
                 timed(name, 1)
                 memory[name] = torch.cuda.max_memory_allocated(device) - others
@@ -1008,12 +1021,12 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
         timm = None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        depth = len(pyra.create_model(backbone).blocks)
+        r = schedule_of(rate, pyra.create_model(backbone))
     rows = []
     for dtype in dtypes:
         models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}
-        pyra.add_tome(models["tome"], pyra.merge_schedule(rate, depth))
-        pyra.add_pyra(models["pyra"], pyra.merge_schedule(rate, depth))
+        pyra.add_tome(models["tome"], r)
+        pyra.add_pyra(models["pyra"], r)
         if device == "cpu" and not compile and torch.backends.mkldnn.is_available() and (dtype == "float32" or has_fast_bfloat16(device)):
             models["packed"] = pyra.pack(copy.deepcopy(models["pyra"]).to(DTYPES[dtype]))
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
@@ -1056,7 +1069,7 @@ def write_grid(configs, file):
 
 def in_order(configs):
     """{id: config}, each once, behind all the runs that any of them starts from."""
-    first = [run for config in configs for run in needed(config)]
+    first = [other for config in configs for other in needed(config)]
     return {**(in_order(first) if first else {}), **{config.id(): config for config in configs}}
 
 
@@ -1102,7 +1115,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     needs = {name: [first.id() for first in needed(config)] for name, config in todo.items()}
     free, running, tries, failed = list(range(workers)), {}, collections.Counter(), {}
 
-    def recorded(name):
+    def done(name):
         return (runs / name / "result.json").is_file()
 
     def fail(name, why):
@@ -1119,7 +1132,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
                 log.flush()
                 return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **visible})
 
-    waiting = [name for name in todo if not recorded(name)]
+    waiting = [name for name in todo if not done(name)]
     shown, bar = "", tqdm(desc="runs", total=len(todo), initial=len(todo) - len(waiting), smoothing=0, disable=not progress)
     try:
         while True:
@@ -1129,7 +1142,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
                     free.append(slot)
                     tries[name] += 1
                     last = last_line(runs / "logs" / f"{name}.log")
-                    if recorded(name):
+                    if done(name):
                         continue
                     if process.returncode > 0 and last.startswith("train.py: "):
                         fail(name, last.removeprefix("train.py: "))
@@ -1140,12 +1153,12 @@ def run_grid(configs, workers=None, runs=None, progress=True):
             for name in list(waiting):
                 if not free:
                     break
-                if recorded(name):
+                if done(name):
                     waiting.remove(name)
                 elif any(first in failed for first in needs[name]):
                     waiting.remove(name)
                     fail(name, "a run that it starts from failed")
-                elif all(map(recorded, needs[name])):
+                elif all(map(done, needs[name])):
                     try:
                         process = start(name, free[0])
                     except OSError as error:  # a full disk, say
@@ -1269,6 +1282,8 @@ def main(argv):
             sys.exit(int(None in results))
         parser.add_argument("--max", type=int, help="tasks of the array that Slurm runs at a time (default: all)")
         args = parser.parse_args(argv[1:])
+        if args.max is not None and args.max < 1:
+            raise ValueError(f"--max must be at least 1, not {args.max}")
         script = Path(args.grid).with_suffix(".sbatch")
         write_slurm(read_grid(args.grid), script, most=args.max)
         print(f"sbatch {shlex.quote(str(script))}")

@@ -77,12 +77,21 @@ def test_pack(method, kwargs, dtype):
 
 
 @torch.no_grad()
+def test_packed_is_not_exported(tmp_path):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN here")
+    packed = pyra.pack(pyra.merge_lora(tiny("pyra")))
+    with pytest.raises(ValueError, match="export it before pack"):
+        pyra.export_onnx(packed, tmp_path / "model.onnx", (0.5,) * 3, (0.5,) * 3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pack_refuses_what_is_not_plain():
     if not torch.backends.mkldnn.is_available():
         pytest.skip("no oneDNN here")
     model = tiny("pyra")
     for _ in range(2):  # with LoRA, then packed already
-        with pytest.raises(ValueError, match="pack is for a model on a CPU, with oneDNN, whose LoRA or other PEFT is folded in"):
+        with pytest.raises(ValueError, match="pack is for a model on a CPU, with oneDNN, and with plain linear maps"):
             pyra.pack(model)
         model = pyra.pack(pyra.merge_lora(tiny("pyra")))
 

@@ -236,7 +236,7 @@ def test_a_process_ends_with_its_runner(tmp_path, monkeypatch):
 @LINUX
 def test_killed_and_started_again_equals_uninterrupted(task, tmp_path):
     """kill -9 of a worker, then of the runner: nobody goes on in silence, and the same grid ends as if nothing had happened."""
-    configs = [small(task, epochs=6, seed=seed, method="tome") for seed in (0, 1)]
+    configs = [small(task, epochs=25, seed=seed, method="tome", rate=8.0) for seed in (0, 1)]
     train.write_grid(configs, tmp_path / "grid.jsonl")
     assert train.read_grid(tmp_path / "grid.jsonl") == configs
     runs = tmp_path / "runs"

@@ -556,6 +556,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(method="rap", peft="full"), "method rap prunes a backbone that stays frozen, and peft full would train it"),
     (dict(teacher="vit_bass_patch16_224"), "teacher must be one of vit_nano_patch4_56.*not 'vit_bass_patch16_224'"),
     (dict(teacher_weights="none"), "teacher_weights were given, but no teacher"),
+    *[(dict(method=method, rate=[16] * 11), "the schedule has 11 entries, the model 12 blocks") for method in ("evit", "ats", "ltmp", "diffrate", "rap")],
     (dict(teacher="vit_nano_patch4_56", task="stream:/images"), "a teacher needs the images in memory, and stream:/images is read from its files"),
     (dict(micro_batch=0), "micro_batch must be at least 1, not 0"),
     (dict(layer_decay=0), "layer_decay must be greater than 0 and at most 1, not 0"),
@@ -718,8 +719,9 @@ def test_ratio_may_be_a_whole_number():
 # Two processes
 
 
-def test_two_processes_equal_one(task, tmp_path):
-    fields = {**SMALL, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0}
+@pytest.mark.parametrize("method", ["pyra", "ats"])
+def test_two_processes_equal_one(task, tmp_path, method):
+    fields = {**SMALL, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0, "method": method, "epochs": 3 if method == "pyra" else 1, "warmup": 0}
     config = train.Config(task=task, **fields)
     one = train.run(config, tmp_path / "one", progress=False)
     argv = [f"--{name}={value}" for name, value in {"task": task, **fields}.items()]
@@ -728,14 +730,14 @@ def test_two_processes_equal_one(task, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(re.findall("accuracy on test", done.stdout)) == 1
     folder = tmp_path / "two" / config.id()
-    assert files_in(tmp_path / "two") == [f"{config.id()}/{f}" for f in ("adapter.safetensors", "config.json", "log.jsonl", "result.json", "state.pt")]
+    assert files_in(tmp_path / "two") == [f"{config.id()}/{f}" for f in ("adapter.safetensors", "config.json", *["found.json"] * (method == "ats"), "log.jsonl", "result.json", "state.pt")]
     two = train.Result(**json.loads((folder / "result.json").read_text()))
     assert two.config == one.config
     assert [entry["loss"] for entry in two.history] == pytest.approx([entry["loss"] for entry in one.history], rel=1e-4)
     assert [entry["train_accuracy"] for entry in two.history] == [entry["train_accuracy"] for entry in one.history]
     assert abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
 
-    assert_nearly_same(adapter(two), adapter(one), trained_part(train.build_model(config, 3)))
+    assert_nearly_same(adapter(two), adapter(one), trained_part(train.build_model(config, 3, two.found)))
 
 
 @pytest.mark.parametrize("method", ["plain", "pyra"])
@@ -787,6 +789,31 @@ def test_second_stage_starts_where_the_first_ends(finished, tmp_path):
     trained = train.run(dataclasses.replace(config, method="tome", second_epochs=2), runs, progress=False)
     assert [entry["epoch"] for entry in trained.history] == [0, 1] and not identical(adapter(trained), adapter(result))
     assert trained.history[0]["loss"] != result.history[0]["loss"]
+
+
+def test_what_a_run_starts_from():
+    """Whatever the fields, configs that can run; a teacher's doesn't depend on how its students are adapted, and is found under its own defaults."""
+    config = train.Config(method="diffrate", teacher="vit_large_patch16_224", peft="adapter", batch_size=16, device="cpu")
+    search, teacher = train.needed(config)
+    assert (search.method, search.epochs, search.peft) == ("diffrate_search", 10, "adapter")
+    assert teacher.resolved().batch_size == 32 and teacher.resolved().lora_rank == 12 and train.needed(teacher) == []
+    others = [train.Config(method="tome", second_epochs=3, teacher="vit_large_patch16_224", s=2, device="cpu"), dataclasses.replace(config, peft="snf", peft_dim=3)]
+    assert {train.teacher_run(other).id() for other in others} == {teacher.id()}
+    assert list(train.in_order([config, *others])).index(teacher.id()) < list(train.in_order([config, *others])).index(train.first_stage(others[0]).id())
+
+
+def test_budget_of_a_schedule_is_what_merging_does():
+    """Where ToMe clamps too: half of the tokens, and not more than there are."""
+    for rate in ([500] * 12, [100] * 12, [0] * 12, "low", "high", 12.0):
+        config = train.Config(rate=rate, method="tome", weights="none", device="cpu")
+        model = train.build_model(config, 3)
+        assert train.target_macs(config, model) == pyra.count_macs(model)
+
+
+def test_distilled_models_second_head_stays_out():
+    config = train.Config(backbone="deit_small_distilled_patch16_224", weights="none", peft="full", method="plain", device="cpu")
+    model = train.build_model(config, 3)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head_dist.weight", "head_dist.bias"]
 
 
 def test_first_stage_is_trained_where_there_is_no_record(task, tmp_path):
