@@ -41,7 +41,7 @@ WRONG_PARAMETERS = {
     "imagenet_finetune": [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
     "compare_peft": [(dict(pefts=["fact"]), "pefts must be of lora, adapter.* not \\['fact'\\]"), (dict(pefts="snf"), "pefts must be of type list, not 'snf'")],
     "compare_reducers": [(dict(methods=["tomme"]), "method must be one of plain, tome, pyra, evit")],
-    "compare_distillation": [(dict(teacher="vit_huge"), "backbone must be one of vit_nano_patch4_56")],
+    "compare_distillation": [(dict(teacher="vit_huge"), "teacher must be one of vit_nano_patch4_56")],
     "vtab": [(dict(methods=["pira"]), "method must be one of .*, not 'pira'"), (dict(task_names=[]), "task_names needs an entry"), (dict(lrs=[-1.0]), "modulation_lr must be a finite number"),
              (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
     "throughput": [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number"), (dict(dtypes=["float16"]), "dtypes must be of float32, bfloat16"), (dict(compile="fast"), "compile must be one of None, default")],
