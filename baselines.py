@@ -732,7 +732,7 @@ class ConvpassBlock(pyra.Block):
     def attend(self, tokens):
         u = self.norm1(tokens.x)
         qkv = self.attn.project(u)
-        x = tokens.x + self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
+        x = tokens.x + self.attention_branch(tokens, qkv)
         return tokens._replace(x=x + self.drop_path(self.peft_attn(u, tokens.source))), qkv
 
     def transform(self, tokens):  # after the merge, and so is its source
@@ -888,8 +888,7 @@ class Flow(nn.Module):
 class SNFBlock(pyra.Block):
     def attend(self, tokens):
         qkv = self.attn.project(self.norm1(tokens.x))
-        x = self.peft_attn(tokens.x) + self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
-        return tokens._replace(x=x), qkv
+        return tokens._replace(x=self.peft_attn(tokens.x) + self.attention_branch(tokens, qkv)), qkv
 
     def transform(self, tokens):
         return tokens._replace(x=self.peft_mlp(tokens.x) + self.drop_path(self.mlp(self.norm2(tokens.x))))

@@ -453,11 +453,13 @@ class Block(nn.Module):
         self.reducer = None
         self.prop_attn = True  # proportional attention: weigh each key by its size
 
+    def attention_branch(self, tokens, qkv):
+        return self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
+
     def attend(self, tokens):
         """The block's first half: the Tokens after attention, and the q, k, v that a reducer reads."""
         qkv = self.attn.project(self.norm1(tokens.x))
-        x = tokens.x + self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
-        return tokens._replace(x=x), qkv
+        return tokens._replace(x=tokens.x + self.attention_branch(tokens, qkv)), qkv
 
     def transform(self, tokens):
         """The block's second half: the Tokens after the MLP."""

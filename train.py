@@ -989,9 +989,9 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
     tried, rounds = {}, 5  # tried: ratio of operations -> schedule, rounds measured, and the means of speed-up and images/s over them
     for _ in tqdm(range(tries), desc="fitting the schedule", leave=False):
         schedule = pyra.solve_macs(plain, ratio)
-        merged = pyra.add_tome(copy.deepcopy(plain), schedule)
-        ratio = pyra.count_macs(plain) / pyra.count_macs(merged)
-        speed = benchmark({"plain": plain, "merged": merged}, batch_size, dtype, device, seconds * rounds / 15, rounds)["merged"]
+        merging = pyra.add_tome(copy.deepcopy(plain), schedule)
+        ratio = pyra.count_macs(plain) / pyra.count_macs(merging)
+        speed = benchmark({"plain": plain, "merged": merging}, batch_size, dtype, device, seconds * rounds / 15, rounds)["merged"]
         _, n, *means = tried.get(ratio, (schedule, 0, 0.0, 0.0))  # one that comes up again is measured better, not anew
         means = [(n * mean + rounds * now) / (n + rounds) for mean, now in zip(means, (speed.speedup, speed.images_per_second))]
         tried[ratio] = (schedule, n + rounds, *means)

@@ -33,3 +33,20 @@ def randomise(model, seed=0):
 def tiny(seed=0, **kwargs):
     """A small ViT in eval mode, every parameter random, biases and norms too."""
     return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
+
+
+def batch(b=3, seed=0):
+    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return pyra.create_model(name, **kwargs)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import baselines
 import pyra
 import tasks
-from small import R, TINY, one_thread, randomise, tiny  # noqa: F401 (one_thread is a fixture)
+from small import R, TINY, batch, numbers, on_meta, one_thread, randomise, tiny, trained  # noqa: F401 (one_thread is a fixture)
 
 PEFTS = {
     "adapter": lambda model: baselines.add_adapter(model, dim=4),
@@ -37,25 +37,8 @@ def adapted(peft, reducer="pyra", seed=0, **kwargs):
     return randomise(REDUCERS[reducer](PEFTS[peft](pyra.VisionTransformer(**{**TINY, **kwargs}))), seed).eval()
 
 
-def batch(b=3, seed=0):
-    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def peft_parameters(model):
     return sum(p.numel() for name, p in model.named_parameters() if "peft_" in name)
-
-
-def on_meta(name, **kwargs):
-    with torch.device("meta"):
-        return pyra.create_model(name, **kwargs)
 
 
 def macs(model):

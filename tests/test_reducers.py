@@ -10,26 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import baselines
 import pyra
-from small import R, TINY, one_thread, randomise, tiny  # noqa: F401 (one_thread is a fixture)
+from small import R, TINY, batch, numbers, on_meta, one_thread, randomise, tiny, trained  # noqa: F401 (one_thread is a fixture)
 
 RATES = [(36, 36), (25, 20), (30, 9)]  # patches that DiffRate keeps, of 36
-
-
-def batch(b=3, seed=0):
-    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def on_meta(name, **kwargs):
-    with torch.device("meta"):
-        return pyra.create_model(name, **kwargs)
 
 
 def add_ltmp(model, merge=0.6, prune=0.012):
