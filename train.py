@@ -545,7 +545,6 @@ def over(function, config, split, img_size, device, images=None):
 def search_channels(config, num_classes, device):
     """Method rap: what to keep of the backbone, the best of 20 prunings by a linear head on their features, fitted to train800, on val200."""
     model = pretrained(config, num_classes)
-    plain = pyra.macs_of_counts(model, [model.num_patches + model.specials] * (len(model.blocks) + 1))
 
     def score(pruned):
         features = lambda x: pruned.pool(pruned.forward_tokens(x))
@@ -553,7 +552,7 @@ def search_channels(config, num_classes, device):
         fit, held_out = (over(features, config, split, model.img_size, device) for split in ("train800", "val200"))
         return baselines.probe_loss(*fit, *held_out, num_classes)
 
-    return baselines.search_pruning(model, plain / target_macs(config, model), score, seed=config.seed)
+    return baselines.search_pruning(model, pyra.count_macs(model) / target_macs(config, model), score, seed=config.seed)
 
 
 def search_counts(config, num_classes, device):
