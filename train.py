@@ -29,6 +29,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -875,13 +876,27 @@ class Speed(NamedTuple):
     highest: float
     speedup: float  # over the first of the models: the median of the ratios within each round, which a machine's drift can't touch
     latency: float  # ms a batch, of the median round
-    peak_memory: int | None  # bytes on a CUDA device, weights and one batch of images included; None on a CPU
+    peak_memory: int | None  # bytes that weights, one batch of images and what is computed take at most; None if compiled for a CPU
 
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
 
 @torch.inference_mode()
+def peak_memory(work, device):
+    """Bytes that tensors take at most while work() runs, beyond those that were there before; without a library's own scratch space on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # bytes taken, or given back as less than 0
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
     """How fast several models are, measured in turn: {name: Speed}.
 
@@ -922,18 +937,19 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         for name, model in models.items():
             timed(name, 3 if compile else 1)  # warm-up; compiles, and the second and third run record and replay a CUDA graph
             batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
-            if device.type == "cuda":  # the other models' weights and images lie there too, and don't count
-                others = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name]))
-                torch.cuda.reset_peak_memory_stats(device)
-                timed(name, 1)
-                memory[name] = torch.cuda.max_memory_allocated(device) - others
+            if compile and device.type == "cpu":  # the profiler, which counts there, would have it compiled once more
+                memory[name] = None
+                continue
+            packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, pyra.PackedLinear))
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name])) + packed * dtype.itemsize
+            memory[name] = held + peak_memory(functools.partial(forward[name], batch[name]), device)
     took = {name: [] for name in models}  # seconds a batch
     for _ in range(rounds):
         for name in models:
             took[name].append(timed(name, batches[name]) / batches[name])
     first = next(iter(took.values()))
     return {name: Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), statistics.median(map(operator.truediv, first, t)),
-                        1000 * statistics.median(t), memory.get(name)) for name, t in took.items()}
+                        1000 * statistics.median(t), memory[name]) for name, t in took.items()}
 
 
 class Fitted(NamedTuple):

@@ -1257,7 +1257,21 @@ def test_benchmark(dtype):
         assert 0 < speed.lowest == speed.images_per_second == speed.highest < math.inf
         assert speed.latency == pytest.approx(1000 * 2 / speed.images_per_second)
         assert speed.speedup == pytest.approx(speed.images_per_second / speeds["plain"].images_per_second)
-        assert speed.peak_memory is None
+    peaks = {name: speed.peak_memory for name, speed in speeds.items()}
+    weights = sum(p.nbytes for p in models["plain"].parameters())
+    hidden = 2 * 197 * models["plain"].blocks[0].mlp.fc1.out_features * train.DTYPES[dtype].itemsize
+    assert peaks["tome"] <= peaks["plain"] and weights + hidden < peaks["plain"] < weights + 8 * hidden
+    assert peaks == {name: speed.peak_memory for name, speed in train.benchmark(models, 2, dtype, "cpu", 0.01, 1).items()}
+
+
+def test_peak_memory():
+    def work():
+        a = torch.ones(1000, 1000)  # 4 MB
+        b = a + 1  # 4 more
+        del a
+        return b + b, torch.ones(1000)  # b and the sum
+    assert train.peak_memory(work, torch.device("cpu")) == 8_004_000
+    assert train.peak_memory(lambda: None, torch.device("cpu")) == 0
 
 
 def test_benchmark_compares_within_rounds(monkeypatch):
@@ -1271,7 +1285,7 @@ def test_benchmark_compares_within_rounds(monkeypatch):
 
         def forward(self, images):
             slower[0] += 1
-            clock[0] += self.seconds * 2 ** ((slower[0] - 5) // 2)  # two models a round, after two batches each of warm-up
+            clock[0] += self.seconds * 2 ** ((slower[0] - 7) // 2)  # two models a round, after three batches each of warm-up and memory
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     speeds = train.benchmark({"slow": Takes(0.3), "fast": Takes(0.1)}, batch_size=3, device="cpu", seconds=0.01, rounds=5)
     assert speeds["fast"].speedup == pytest.approx(3) and speeds["slow"].speedup == 1
@@ -1311,5 +1325,5 @@ def test_benchmark_command(capsys):
     assert [row[:2] for row in rows] == [[dtype, model] for dtype in train.DTYPES for model in ("plain", "tome", "pyra", *(["packed"] if dtype in packs else []))]
     for row in rows:
         median, low, high, speedup, ratio, latency = map(float, row[2:-1])
-        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and row[-1] == "-"
+        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and 2 < float(row[-1]) < 20
         assert ratio == 1 if row[1] == "plain" else 2 < ratio < 3
