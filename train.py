@@ -882,7 +882,6 @@ class Speed(NamedTuple):
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
 
-@torch.inference_mode()
 def peak_memory(work, device):
     """Bytes that tensors take at most while work() runs, beyond those that were there before; without a library's own scratch space on a CPU."""
     if device.type == "cuda":
@@ -897,6 +896,7 @@ def peak_memory(work, device):
     return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
+@torch.inference_mode()
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
     """How fast several models are, measured in turn: {name: Speed}.
 

@@ -1272,6 +1272,8 @@ def test_peak_memory():
         return b + b, torch.ones(1000)  # b and the sum
     assert train.peak_memory(work, torch.device("cpu")) == 8_004_000
     assert train.peak_memory(lambda: None, torch.device("cpu")) == 0
+    x = torch.ones(1000, requires_grad=True)
+    assert train.peak_memory(lambda: x.exp().sum().backward(), torch.device("cpu")) >= 8_000  # the exponentials, kept for the backward pass, and the gradient
 
 
 def test_benchmark_compares_within_rounds(monkeypatch):
