@@ -536,9 +536,9 @@ def evaluate(model, batches, dtype=torch.float32):
 
 
 @torch.no_grad()
-def over(function, config, split, img_size, device, images=None):
-    """function(images) for a split, or the first so many of its images, and their labels: (n, ...) float32 and (n,), on the device."""
-    x, labels = (part[:images] for part in tasks.load_split(config.task, split, img_size, config.data_root))
+def over(function, config, split, img_size, device):
+    """function(images) for a split, and its labels: (n, ...) float32 and (n,), on the device."""
+    x, labels = tasks.load_split(config.task, split, img_size, config.data_root)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         return torch.cat([function(batch).float() for batch, _ in in_batches(x, labels, config.norm, device)]), labels.to(device)
 
@@ -556,23 +556,61 @@ def search_channels(config, num_classes, device):
     return baselines.search_pruning(model, pyra.count_macs(model) / target_macs(config, model), score, seed=config.seed)
 
 
-def search_counts(config, num_classes, device):
-    """Method ats: how many tokens to sample in each block, such that what is left of them costs what the merging schedule would.
+def some(n, images=128):
+    """Indices of so many images of n to try a budget on: drawn, as a list of images may be sorted by class."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:images]
 
-    Samples coincide, so more are drawn than are to be left: by one factor, found by bisection on the pre-trained model and 128 images
-    to train on.
+
+@torch.no_grad()
+def meet_budget(apply, low, high, model, config, images):
+    """apply(x) for the x in [low, high] at which the model's mean MACs over normalised images are those that the merging schedule leaves.
+
+    They rise with x, and it is found by bisection. Returns x.
     """
-    model = pretrained(config, num_classes).eval().to(device)
-    counts, target = baselines.ats_counts(model, schedule_of(config.rate, model)), target_macs(config, model)
-    counted = lambda x: baselines.forward_counted(model, x)[1].T
-    low, high = 1.0, 16.0
+    model.eval()
+    target = target_macs(config, model)
     for _ in range(9):
-        factor = math.sqrt(low * high)
-        scaled = [None if n is None else model.specials + max(1, round((n - model.specials) * factor)) for n in counts]
-        baselines.add_ats(model, scaled)
-        left, _ = over(counted, config, config.train_split, model.img_size, device, images=128)
-        low, high = (factor, high) if baselines.mean_macs(model, left.T) < target else (low, factor)
-    return scaled
+        x = (low + high) / 2
+        apply(x)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            counts = torch.cat([baselines.forward_counted(model, part)[1] for part in images.split(64)], dim=1)
+        low, high = (x, high) if baselines.mean_macs(model, counts) < target else (low, x)
+    return x
+
+
+def scaled_counts(model, config, exponent):
+    """ATS draws some patches more than once, so it draws 2**exponent times as many as the merging schedule would leave."""
+    counts = baselines.ats_counts(model, schedule_of(config.rate, model))
+    return [None if n is None else model.specials + max(1, round((n - model.specials) * 2**exponent)) for n in counts]
+
+
+def search_counts(config, num_classes, device):
+    """Method ats: how many tokens to sample in each block, for the pre-trained model to meet the budget."""
+    model = pretrained(config, num_classes).to(device)
+    images, _ = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
+    images = tasks.normalize(images[some(len(images))].to(device), config.norm)
+    return scaled_counts(model, config, meet_budget(lambda x: baselines.add_ats(model, scaled_counts(model, config, x)), 0, 4, model, config, images))
+
+
+def settle(model, config, found, data):
+    """After training, which changes what ATS draws and what LTMP finds similar: one number for all blocks that brings the model back to its budget.
+
+    It scales ATS's counts, or is added to LTMP's merging thresholds. Returns `found`: for ats the new counts.
+    """
+    before = [block.reducer.merge_threshold.item() for block in model.blocks] if config.method == "ltmp" else []
+
+    @torch.no_grad()
+    def apply(x):
+        if config.method == "ats":
+            baselines.add_ats(model, scaled_counts(model, config, x))
+        for block, threshold in zip(model.blocks, before):
+            block.reducer.merge_threshold.fill_(min(max(threshold + x, 0), 1))
+    images, _, _ = next(data.train(0, [some(data.n)]))
+    x = [meet_budget(apply, *((0, 4) if config.method == "ats" else (-1, 1)), model, config, images)]
+    if dist.is_initialized():  # a sum in another order may tip another process's bisection
+        dist.broadcast_object_list(x)
+        apply(x[0])
+    return scaled_counts(model, config, x[0]) if config.method == "ats" else found
 
 
 def search(config, num_classes, device, folder):
@@ -732,6 +770,9 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
                 p.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
+        if state["found"] != found:  # a run that was settled, but not recorded
+            found = state["found"]
+            baselines.add_ats(model, found)
     elif rank == 0:
         pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
@@ -786,11 +827,13 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
             raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}{before}")
         entry = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=mean_loss, train_accuracy=sums[1].item() / steps / batch,
                      seconds=time.perf_counter() - start)
+        if epoch + 1 == epochs and config.method in ("ats", "ltmp"):
+            found = settle(model, config, found, data)
         if epoch + 1 == epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             entry["accuracy"] = evaluate(model, data.test(rank, world), dtype)
         history.append(entry)
         if rank == 0:
-            state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history)
+            state = dict(model={name: p.detach() for name, p in trained.items()}, optimizer=optimizer.state_dict(), history=history, found=found)
             pyra.write_atomically(state_file, lambda p: torch.save(state, p))
             pyra.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
         bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
