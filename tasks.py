@@ -247,6 +247,16 @@ def draw_sprites(task, n, rng):
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), label, factors
 
 
+def draw_tree(path, **counts):
+    """For trying what reads images from one folder a class: so many drawn ones under path/<split>, of seven shapes at any place, size and angle."""
+    for split, count in counts.items():
+        images, _, factors = draw_sprites("sprites_orientation", count, np.random.default_rng(count))
+        for i, (image, shape) in enumerate(zip(images, factors["shape"][:, 0])):
+            folder = Path(path) / split / list(SHAPES)[shape]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+
+
 def _drawn_split(name, split):
     """-> images uint8 (n, h, w, 3), labels int64 (n,), of a task that needs no download."""
     if split == "train800val200":

@@ -26,6 +26,16 @@ def draw(task, n=160, seed=0):
     return draw_sprites(task, n, np.random.default_rng(seed))
 
 
+def test_draw_tree(tmp_path):
+    """A tree that reads as a task, the same every time, its classes the shapes that have an orientation."""
+    for name in "ab":
+        tasks.draw_tree(tmp_path / name, train=40, test=30)
+    assert list(find_task(f"folder:{tmp_path / 'a'}").classes) == sorted(list(SHAPES)[shape] for shape in ORIENTED)
+    files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*.png"))
+    assert [sum(f.parts[0] == split for f in files) for split in ("train", "test")] == [40, 30]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
 def write_image(path, colour=(10, 20, 30), size=(9, 7)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
