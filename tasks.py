@@ -252,9 +252,11 @@ def draw_tree(path, **counts):
     for split, count in counts.items():
         images, _, factors = draw_sprites("sprites_orientation", count, np.random.default_rng(count))
         for i, (image, shape) in enumerate(zip(images, factors["shape"][:, 0])):
-            folder = Path(path) / split / list(SHAPES)[shape]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i}.png")
+            file, png = Path(path) / split / list(SHAPES)[shape] / f"{i}.png", io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            if not file.is_file() or file.read_bytes() != png.getvalue():  # else it keeps its time, by which decoded images are found again
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(png.getvalue())
 
 
 def _drawn_split(name, split):

@@ -110,7 +110,7 @@ class Config:
     micro_batch: int | None = _option(None, "images a device takes at once, gradients add up over a step; all by default")
     lr: float = _option(1e-3, "learning rate of LoRA and head")
     layer_decay: float = _option(0.65, "with peft full: the learning rate's factor from a block to the one below")
-    modulation_lr: float = _option(1e-4, "learning rate of w_r and w_d; Table 4 tunes it per task")
+    modulation_lr: float | None = _option(None, "learning rate of w_r and w_d; by default 1e-4, or 1e-5 for MAE's backbones; Table 4 tunes it per task")
     weight_decay: float = _option(1e-4, "AdamW's weight decay")
     drop_path: float = _option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = _option(0.1, "on LoRA's input, or inside another PEFT")
@@ -140,7 +140,7 @@ class Config:
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "modulation_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be at least 0 and less than 2^31, not {self.seed}")
@@ -167,7 +167,7 @@ class Config:
             raise ValueError("teacher_weights were given, but no teacher")
         if self.augment != "none" and not self.task.startswith("stream:"):
             raise ValueError(f"augment {self.augment} is for stream:/path tasks, whose files are read anew each epoch, not for {self.task}")
-        check_device(self.device)
+        check_device_name(self.device)  # whether it is here is asked where it is used: a grid for a cluster's GPUs is made where there are none
         if not isinstance(self.rate, list):
             pyra.merge_schedule(self.rate)
 
@@ -181,7 +181,7 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
-            peft_dim=known["lora_rank"], teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
+            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS[self.backbone] else 1e-5, teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
         )
         task = tasks.ALIASES.get(self.task, self.task)
         if self.peft == "convpass":
@@ -198,6 +198,7 @@ class Config:
         unused += ["peft_scale"] if self.peft not in ("convpass", "fact_tt", "fact_tk") else []
         unused += ["layer_decay"] if self.peft != "full" else []
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
+        values["task"] = task
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
         kind, _, path = self.task.partition(":")
         if kind in ("folder", "stream"):
@@ -229,7 +230,7 @@ class Result:
     config: dict  # every field, None replaced
     folder: str  # where the run's files are
     accuracy_last: float  # on eval_split after the last epoch, in [0, 1]
-    accuracy_best: float  # the best of all evaluations: optimistic where eval_split is the test split
+    accuracy_best: float  # the best of all evaluations: optimistic where eval_split is the test split; for ats and ltmp the last
     best_epoch: int  # counted from 0; -1: before any training
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
@@ -244,10 +245,14 @@ class Result:
     found: list | None = None  # what was searched for: rap's (heads, units), ats's counts, diffrate's (prune, merge), one a block
 
 
-def check_device(device):
-    """Raises ValueError unless device is None or one that is here."""
+def check_device_name(device):
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {device!r}")
+
+
+def check_device(device):
+    """Raises ValueError unless device is None or one that is here."""
+    check_device_name(device)
     if (device or "").startswith("cuda"):
         if not torch.cuda.is_available():
             raise ValueError(f"device {device} was asked for, and PyTorch finds no CUDA device here")
@@ -258,7 +263,7 @@ def check_device(device):
 def has_fast_bfloat16(device):
     """Whether matrix products in bf16 are faster there than in fp32."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -369,8 +374,8 @@ def diffrate_search(config):
 
 def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
-    config = config.resolved()  # normalisation and so on are the student's
-    return dataclasses.replace(config, backbone=config.teacher, weights=config.teacher_weights, teacher=None, teacher_weights=None, method="plain",
+    student = config.resolved()  # normalisation and so on are the student's; on which device, the machine says that runs it
+    return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None, teacher_weights=None, method="plain",
                                second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
 
 
@@ -459,10 +464,16 @@ def mixup_or_cutmix(num_classes):
     return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
 
+def sample_indices(n, count=128):
+    """Indices of so many of n images, drawn: a list of images may be sorted by class."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
+
+
 class Data(NamedTuple):
     n: int  # training images
     train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
     test: Callable  # (rank, world) -> this process's batches of the images to evaluate on
+    sample: Callable  # () -> a few training images, as when evaluating, to try a budget on
 
 
 def held_in_memory(config, img_size, device, told=None):
@@ -479,7 +490,10 @@ def held_in_memory(config, img_size, device, told=None):
     def test(rank, world):
         return in_batches(test_images[rank::world], test_labels[rank::world], config.norm, device)
 
-    return Data(len(labels), train, test)
+    def sample():
+        return tasks.normalize(images[sample_indices(len(images)).to(device)], config.norm)
+
+    return Data(len(labels), train, test, sample)
 
 
 def streamed(config, img_size, device):
@@ -500,7 +514,10 @@ def streamed(config, img_size, device):
     def test(rank, world):
         return read(test_images, torch.arange(rank, len(test_images), world).split(128))
 
-    return Data(len(images), train, test)
+    def sample():
+        return next(read(tasks.stream_split(config.task, config.train_split, transform), [sample_indices(len(images))]))[0]
+
+    return Data(len(images), train, test, sample)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -556,9 +573,13 @@ def search_channels(config, num_classes, device):
     return baselines.search_pruning(model, pyra.count_macs(model) / target_macs(config, model), score, seed=config.seed)
 
 
-def some(n, images=128):
-    """Indices of so many images of n to try a budget on: drawn, as a list of images may be sorted by class."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:images]
+def counts_over(model, batches, dtype):
+    """Tokens before the first block and after each, (depth + 1, images), where they depend on the image."""
+    counts = []
+    for x in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            counts.append(baselines.forward_counted(model, x)[1])
+    return torch.cat(counts, dim=1)
 
 
 @torch.no_grad()
@@ -572,9 +593,8 @@ def meet_budget(apply, low, high, model, config, images):
     for _ in range(9):
         x = (low + high) / 2
         apply(x)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            counts = torch.cat([baselines.forward_counted(model, part)[1] for part in images.split(64)], dim=1)
-        low, high = (x, high) if baselines.mean_macs(model, counts) < target else (low, x)
+        macs = baselines.mean_macs(model, counts_over(model, images.split(64), DTYPES[config.dtype]))
+        low, high = (x, high) if macs < target else (low, x)
     return x
 
 
@@ -584,33 +604,42 @@ def scaled_counts(model, config, exponent):
     return [None if n is None else model.specials + max(1, round((n - model.specials) * 2**exponent)) for n in counts]
 
 
-def search_counts(config, num_classes, device):
-    """Method ats: how many tokens to sample in each block, for the pre-trained model to meet the budget."""
-    model = pretrained(config, num_classes).to(device)
-    images, _ = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
-    images = tasks.normalize(images[some(len(images))].to(device), config.norm)
+def search_counts(model, config, images):
+    """Method ats: how many tokens to sample in each block for the model, as it is now, to meet the budget. Leaves the model so."""
     return scaled_counts(model, config, meet_budget(lambda x: baselines.add_ats(model, scaled_counts(model, config, x)), 0, 4, model, config, images))
 
 
-def settle(model, config, found, data):
-    """After training, which changes what ATS draws and what LTMP finds similar: one number for all blocks that brings the model back to its budget.
+def search_first_counts(config, num_classes, device):
+    """The same for the pre-trained model, before training."""
+    model = pretrained(config, num_classes).to(device)
+    images, _ = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
+    return search_counts(model, config, tasks.normalize(images[sample_indices(len(images))].to(device), config.norm))
 
-    It scales ATS's counts, or is added to LTMP's merging thresholds. Returns `found`: for ats the new counts.
-    """
-    before = [block.reducer.merge_threshold.item() for block in model.blocks] if config.method == "ltmp" else []
 
-    @torch.no_grad()
-    def apply(x):
-        if config.method == "ats":
-            baselines.add_ats(model, scaled_counts(model, config, x))
-        for block, threshold in zip(model.blocks, before):
+def search_thresholds(model, config, images):
+    """Method ltmp: one number added to all merging thresholds, such that the model meets the budget; each stays in [0, 1]. Leaves the model so."""
+    learned = [block.reducer.merge_threshold.item() for block in model.blocks]
+
+    def shift(x):
+        for block, threshold in zip(model.blocks, learned):
             block.reducer.merge_threshold.fill_(min(max(threshold + x, 0), 1))
-    images, _, _ = next(data.train(0, [some(data.n)]))
-    x = [meet_budget(apply, *((0, 4) if config.method == "ats" else (-1, 1)), model, config, images)]
+    meet_budget(shift, -1, 1, model, config, images)
+    return [block.reducer.merge_threshold.item() for block in model.blocks]
+
+
+def settle(model, config, found, data):
+    """After training, which changes what ATS draws and what LTMP finds similar: brings the model back to its budget. Returns `found`, for ats the new counts."""
+    search = {"ats": search_counts, "ltmp": search_thresholds}[config.method]
+    numbers = [search(model, config, data.sample())]
     if dist.is_initialized():  # a sum in another order may tip another process's bisection
-        dist.broadcast_object_list(x)
-        apply(x[0])
-    return scaled_counts(model, config, x[0]) if config.method == "ats" else found
+        dist.broadcast_object_list(numbers)
+    if config.method == "ats":
+        baselines.add_ats(model, numbers[0])
+        return numbers[0]
+    with torch.no_grad():
+        for block, threshold in zip(model.blocks, numbers[0]):
+            block.reducer.merge_threshold.fill_(threshold)
+    return found
 
 
 def search(config, num_classes, device, folder):
@@ -620,7 +649,7 @@ def search(config, num_classes, device, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tasks.alone(folder):
             if not file.is_file():
-                found = {"rap": search_channels, "ats": search_counts}[config.method](config, num_classes, device)
+                found = search_channels(config, num_classes, device) if config.method == "rap" else search_first_counts(config, num_classes, device)
                 pyra.write_atomically(file, lambda p: p.write_text(json.dumps(found)))
     if dist.is_initialized():
         dist.barrier()
@@ -645,12 +674,7 @@ def token_counts(model, config, data, dtype):
     """Tokens before the first block and after each, (depth + 1, images): of one image for all, or where they depend on it of all in eval_split."""
     if config.method not in ("ats", "ltmp"):
         return torch.tensor(pyra.token_counts(model), dtype=torch.float64)[:, None]
-    model.eval()
-    counts = []
-    for x, _ in data.test(0, 1):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            counts.append(baselines.forward_counted(model, x)[1])
-    return torch.cat(counts, dim=1)
+    return counts_over(model.eval(), (x for x, _ in data.test(0, 1)), dtype)
 
 
 def runs_folder(runs=None):
@@ -691,6 +715,7 @@ def run(config, runs=None, progress=True):
     for the first, and finds its record. Raises ValueError or FileNotFoundError for a config that can't run, before any
     training; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
     """
+    check_device(config.device)
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = runs_folder(runs) / config.id()
@@ -770,9 +795,11 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
                 p.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
-        if state["found"] != found:  # a run that was settled, but not recorded
+        if state.get("found", found) != found and config.method == "ats":  # settled after the last epoch, but not recorded
             found = state["found"]
             baselines.add_ats(model, found)
+        if state.get("found", found) != found:
+            raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
     elif rank == 0:
         pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
@@ -843,12 +870,15 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     evaluated = [entry for entry in history if "accuracy" in entry]
     if not history:  # a second stage of no epochs
         evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
+    if config.method in ("ats", "ltmp"):  # the others were not yet held to the budget
+        evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     counts = token_counts(model, config, data, dtype).double()
     means = counts.mean(dim=1).tolist()
-    macs = baselines.mean_macs(model, counts) + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
-    if config.method in ("ats", "ltmp", "diffrate") and not 0.95 < macs / target_macs(config, model) < 1.05:
-        warnings.warn(f"{folder.name} does {macs / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
+    reduced = baselines.mean_macs(model, counts)
+    macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
+    if config.method in ("ats", "ltmp", "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
+        warnings.warn(f"{folder.name} does {reduced / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
     if config.method == "diffrate_search":
         found = [list(pair) for pair in baselines.diffrate_rates(model)]
     result = Result(
@@ -919,7 +949,7 @@ class Speed(NamedTuple):
     highest: float
     speedup: float  # over the first of the models: the median of the ratios within each round, which a machine's drift can't touch
     latency: float  # ms a batch, of the median round
-    peak_memory: int | None  # bytes that weights, one batch of images and what is computed take at most; None if compiled for a CPU
+    peak_memory: int | None  # bytes that weights, one batch of images and what is computed take at most; None if compiled for a CPU or to CUDA graphs
 
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
@@ -951,6 +981,8 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     """
     if batch_size < 1 or rounds < 1:
         raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if compile not in COMPILE_MODES:
         raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -978,14 +1010,14 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     # to torch.compile our models are variants of one function, and it gives up after eight
     with torch._dynamo.config.patch(recompile_limit=max(8, len(models))) if compile else contextlib.nullcontext():
         for name, model in models.items():
-            timed(name, 3 if compile else 1)  # warm-up; compiles, and the second and third run record and replay a CUDA graph
-            batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
-            if compile and device.type == "cpu":  # the profiler, which counts there, would have it compiled once more
-                memory[name] = None
-                continue
+            if compile or device.type == "cuda":
+                timed(name, 3 if compile else 1)  # compiles, and the second and third run record and replay a CUDA graph
             packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, pyra.PackedLinear))
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name])) + packed * dtype.itemsize
-            memory[name] = held + peak_memory(functools.partial(forward[name], batch[name]), device)
+            # a CUDA graph allocates nothing when it is replayed, and the profiler, which counts on a CPU, would have a model compiled once more
+            countable = not compile or device.type == "cuda" and compile == "default"
+            memory[name] = held + peak_memory(functools.partial(forward[name], batch[name]), device) if countable else None
+            batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
     took = {name: [] for name in models}  # seconds a batch
     for _ in range(rounds):
         for name in models:

@@ -531,7 +531,6 @@ REFUSED = [  # fields, what the sentence says
     (dict(lr=True), "lr must be of type float, not True"),
     (dict(lr=None), "lr must be of type float, not None"),
     (dict(modulation_lr=math.inf), "modulation_lr must be a finite number of at least 0, not inf"),
-    (dict(modulation_lr=None), "modulation_lr must be of type float, not None"),
     (dict(weight_decay=-1), "weight_decay must be a finite number of at least 0, not -1"),
     (dict(drop_path=1), "drop_path must be at least 0 and less than 1, not 1"),
     (dict(drop_path=math.nan), "drop_path must be at least 0 and less than 1, not nan"),
@@ -679,6 +678,10 @@ def test_ids(monkeypatch):
         assert dataclasses.replace(base, **{name: OTHER[name]}).id() == base.id()
     assert dataclasses.replace(base, method="tome", s=2, modulation_lr=1.0).id() == dataclasses.replace(base, method="tome").id()
     assert re.fullmatch(r"sprites_location-vit_nano_patch4_56-plain-seed0-[0-9a-f]{10}", base.id())
+    assert train.Config(task="cifar").id() == train.Config(task="cifar100").id()
+    assert [train.Config(backbone=name).resolved().modulation_lr for name in ("vit_base_patch16_224", "vit_large_patch16_224.mae")] == [1e-4, 1e-5]  # of Table 4
+    taught = train.teacher_run(train.Config(teacher="vit_base_patch16_224"))  # its id is that of the machine that trains it
+    assert (taught.device, taught.dtype, taught.norm) == (None, None, "half")
     assert len({dataclasses.replace(base, device=device).id() for device in ("cuda", "cuda:0", "cuda:1")}) == 1  # the same run on the next GPU
     assert re.fullmatch(r"[\w.-]+", dataclasses.replace(base, task="folder:/a b/ä/../c").id())
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -905,6 +908,18 @@ def test_settles_at_its_budget_after_training(task, tmp_path, monkeypatch, metho
     settled = spy(monkeypatch, train, "settle")
     assert_same_run(train.run(config, tmp_path, progress=False), result)
     assert not settled and identical(adapter(result), saved)
+
+
+def test_a_run_never_goes_on_with_other_rates(task, tmp_path, monkeypatch):
+    config = train.Config(task=task, **{**SMALL, "method": "diffrate", "rate": 2.5, "epochs": 2, "eval_every": 0})
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 5)  # 2 steps of the search, an epoch of 2 and a step
+        train.run(config, tmp_path, progress=False)
+    record = tmp_path / train.diffrate_search(config).id() / "result.json"
+    result = json.loads(record.read_text())
+    record.write_text(json.dumps({**result, "found": [[prune - 1, merge - 1] for prune, merge in result["found"]]}))
+    with pytest.raises(ValueError, match="state.pt was trained with other numbers than diffrate finds now: delete it"):
+        train.run(config, tmp_path, progress=False)
 
 
 def test_budget_is_learned(task, tmp_path, monkeypatch):
@@ -1308,7 +1323,7 @@ def test_benchmark_compares_within_rounds(monkeypatch):
 
         def forward(self, images):
             slower[0] += 1
-            clock[0] += self.seconds * 2 ** ((slower[0] - 7) // 2)  # two models a round, after three batches each of warm-up and memory
+            clock[0] += self.seconds * 2 ** ((slower[0] - 5) // 2)  # two models a round, after two batches each of warm-up
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     speeds = train.benchmark({"slow": Takes(0.3), "fast": Takes(0.1)}, batch_size=3, device="cpu", seconds=0.01, rounds=5)
     assert speeds["fast"].speedup == pytest.approx(3) and speeds["slow"].speedup == 1
@@ -1333,7 +1348,7 @@ def test_benchmark_compiles(monkeypatch):
     assert asked == [dict(mode="reduce-overhead", fullgraph=True, dynamic=False)] * 9
 
 
-@pytest.mark.parametrize("changes, sentence", [(dict(rounds=0), "batch_size and rounds must be at least 1"), (dict(compile="fast"), "compile must be one of None, default")])
+@pytest.mark.parametrize("changes, sentence", [(dict(dtype="float16"), "dtype must be one of float32, bfloat16, not .float16."), (dict(rounds=0), "batch_size and rounds must be at least 1"), (dict(compile="fast"), "compile must be one of None, default")])
 def test_benchmark_refuses(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         train.benchmark({}, **changes)
