@@ -157,7 +157,7 @@ def test_vtab_notebook_lists_its_runs_for_a_cluster(small_task, tmp_path, monkey
     execute("vtab", dict(task_names=[small_task], seeds=[3], grid_file=str(tmp_path / "grid.jsonl")), tmp_path)
     configs = train.read_grid(tmp_path / "grid.jsonl")
     assert [(c.method, c.modulation_lr, c.train_split, c.eval_split, c.seed) for c in configs] == [
-        ("pyra", 1e-4, "train800", "val200", 3), ("pyra", 3e-3, "train800", "val200", 3), ("tome", 1e-4, "train800val200", "test", 3)]
+        ("pyra", 1e-4, "train800", "val200", 3), ("pyra", 3e-3, "train800", "val200", 3), ("tome", None, "train800val200", "test", 3)]
     assert not (tmp_path / "runs").exists()
 
 

@@ -646,7 +646,7 @@ def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
         assert resolved.warmup == 5
         assert resolved.dtype == ("bfloat16" if train.has_fast_bfloat16("cpu") else "float32")
         assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == [
-            "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "data_root"]
+            "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "modulation_lr", "data_root"]
         assert resolved.resolved() == resolved
     given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
     resolved = train.Config(**given, method="plain").resolved()
