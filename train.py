@@ -77,6 +77,7 @@ BACKBONES = {
 # Table 4: the learning rates of W_r and W_D that the paper chooses from, task by task. It lists ViT-B, ViT-L, MAE's ViT-L and DeiT-B.
 MODULATION_LRS = {name: [1e-6, 3e-6, 1e-5, 3e-5] if name.endswith(".mae") else [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3] for name in BACKBONES}
 METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")  # the search is a run of its own, DiffRate's first
+PER_IMAGE = ("ats", "ltmp")  # how many tokens they keep depends on the image, and drifts in training
 PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -181,7 +182,8 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
-            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS[self.backbone] else 1e-5, teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
+            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS[self.backbone] else 1e-5,
+            teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
         )
         task = tasks.ALIASES.get(self.task, self.task)
         if self.peft == "convpass":
@@ -283,7 +285,7 @@ def add_peft(model, config):
     elif config.peft == "adapter":
         baselines.add_adapter(model, config.peft_dim, config.dropout)
     elif config.peft == "convpass":
-        init = baselines.convpass_settings(tasks.ALIASES.get(config.task, config.task))["init"]
+        init = baselines.convpass_settings(config.task)["init"]
         baselines.add_convpass(model, config.peft_dim, config.peft_scale, init, config.dropout)
     elif config.peft in ("fact_tt", "fact_tk"):
         baselines.add_fact(model, config.peft.removeprefix("fact_"), config.peft_dim, config.peft_scale, config.dropout)
@@ -375,8 +377,8 @@ def diffrate_search(config):
 def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
     student = config.resolved()  # normalisation and so on are the student's; on which device, the machine says that runs it
-    return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None, teacher_weights=None, method="plain",
-                               second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
+    return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
+                               teacher_weights=None, method="plain", second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
 
 
 def needed(config):
@@ -672,7 +674,7 @@ def teacher_logits(config, runs, device, progress):
 @torch.inference_mode()
 def token_counts(model, config, data, dtype):
     """Tokens before the first block and after each, (depth + 1, images): of one image for all, or where they depend on it of all in eval_split."""
-    if config.method not in ("ats", "ltmp"):
+    if config.method not in PER_IMAGE:
         return torch.tensor(pyra.token_counts(model), dtype=torch.float64)[:, None]
     return counts_over(model.eval(), (x for x, _ in data.test(0, 1)), dtype)
 
@@ -795,11 +797,12 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
                 p.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
-        if state.get("found", found) != found and config.method == "ats":  # settled after the last epoch, but not recorded
-            found = state["found"]
-            baselines.add_ats(model, found)
-        if state.get("found", found) != found:
-            raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
+        if (before := state.get("found", found)) != found:
+            if config.method == "ats":  # settled after the last epoch, but not recorded
+                found = before
+                baselines.add_ats(model, found)
+            else:
+                raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
     elif rank == 0:
         pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
@@ -854,7 +857,7 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
             raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}{before}")
         entry = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=mean_loss, train_accuracy=sums[1].item() / steps / batch,
                      seconds=time.perf_counter() - start)
-        if epoch + 1 == epochs and config.method in ("ats", "ltmp"):
+        if epoch + 1 == epochs and config.method in PER_IMAGE:
             found = settle(model, config, found, data)
         if epoch + 1 == epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             entry["accuracy"] = evaluate(model, data.test(rank, world), dtype)
@@ -870,14 +873,14 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     evaluated = [entry for entry in history if "accuracy" in entry]
     if not history:  # a second stage of no epochs
         evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
-    if config.method in ("ats", "ltmp"):  # the others were not yet held to the budget
+    if config.method in PER_IMAGE:  # the others were not yet held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     counts = token_counts(model, config, data, dtype).double()
     means = counts.mean(dim=1).tolist()
     reduced = baselines.mean_macs(model, counts)
     macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
-    if config.method in ("ats", "ltmp", "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
+    if config.method in (*PER_IMAGE, "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
         warnings.warn(f"{folder.name} does {reduced / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
     if config.method == "diffrate_search":
         found = [list(pair) for pair in baselines.diffrate_rates(model)]
@@ -963,6 +966,7 @@ def peak_memory(work, device):
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler of a PyTorch for CUDA prints an error where there is no GPU
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # bytes taken, or given back as less than 0
