@@ -77,7 +77,8 @@ BACKBONES = {
 # Table 4: the learning rates of W_r and W_D that the paper chooses from, task by task. It lists ViT-B, ViT-L, MAE's ViT-L and DeiT-B.
 MODULATION_LRS = {name: [1e-6, 3e-6, 1e-5, 3e-5] if name.endswith(".mae") else [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3] for name in BACKBONES}
 METHODS = ("plain", "tome", "pyra", "evit", "tofu", "ats", "ltmp", "diffrate", "diffrate_search", "rap")  # the search is a run of its own, DiffRate's first
-PER_IMAGE = ("ats", "ltmp")  # how many tokens they keep depends on the image, and drifts in training
+PER_IMAGE = ("ats", "ltmp")  # how many tokens they keep depends on the image
+SETTLED = (*PER_IMAGE, "diffrate_search")  # training leaves them somewhere near their budget, and `settle` brings them to it
 PEFTS = ("lora", "adapter", "convpass", "fact_tt", "fact_tk", "snf", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -232,7 +233,7 @@ class Result:
     config: dict  # every field, None replaced
     folder: str  # where the run's files are
     accuracy_last: float  # on eval_split after the last epoch, in [0, 1]
-    accuracy_best: float  # the best of all evaluations: optimistic where eval_split is the test split; for ats and ltmp the last
+    accuracy_best: float  # the best of all evaluations: optimistic where eval_split is the test split; where a reducer is settled after training the last
     best_epoch: int  # counted from 0; -1: before any training
     history: list  # a dict an epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
     num_classes: int
@@ -584,64 +585,61 @@ def counts_over(model, batches, dtype):
     return torch.cat(counts, dim=1)
 
 
-@torch.no_grad()
-def meet_budget(apply, low, high, model, config, images):
-    """apply(x) for the x in [low, high] at which the model's mean MACs over normalised images are those that the merging schedule leaves.
-
-    They rise with x, and it is found by bisection. Returns x.
-    """
-    model.eval()
-    target = target_macs(config, model)
-    for _ in range(12):  # a threshold to 0.0005: MACs are steep in it
-        x = (low + high) / 2
-        apply(x)
-        macs = baselines.mean_macs(model, counts_over(model, images.split(64), DTYPES[config.dtype]))
-        low, high = (x, high) if macs < target else (low, x)
-    return x
-
-
 def scaled_counts(model, config, exponent):
     """ATS draws some patches more than once, so it draws 2**exponent times as many as the merging schedule would leave."""
     counts = baselines.ats_counts(model, schedule_of(config.rate, model))
     return [None if n is None else model.specials + max(1, round((n - model.specials) * 2**exponent)) for n in counts]
 
 
-def search_counts(model, config, images):
-    """Method ats: how many tokens to sample in each block for the model, as it is now, to meet the budget. Leaves the model so."""
-    return scaled_counts(model, config, meet_budget(lambda x: baselines.add_ats(model, scaled_counts(model, config, x)), 0, 4, model, config, images))
+def adjustable(model, config):
+    """(apply, low, high): after apply(x), x in [low, high], a model with a reducer in SETTLED, as it is now, does the more operations the greater x is.
+
+    One x for all blocks: ats's exponent, what is added to ltmp's merging thresholds, or how far DiffRate's logits lean towards keeping all.
+    """
+    if config.method == "ats":
+        return lambda x: baselines.add_ats(model, scaled_counts(model, config, x)), 0, 4
+    if config.method == "ltmp":
+        thresholds = [(block.reducer.merge_threshold, block.reducer.merge_threshold.item()) for block in model.blocks]
+        return lambda x: [threshold.fill_(min(max(learned + x, 0), 1)) for threshold, learned in thresholds], -1, 1
+    logits = [(p, p.clone(), block.reducer.candidates / model.num_patches) for block in model.blocks for p in block.reducer.parameters()]
+    return lambda x: [p.copy_(learned + x * share) for p, learned, share in logits], -40, 40
 
 
-def search_first_counts(config, num_classes, device):
-    """The same for the pre-trained model, before training."""
+@torch.no_grad()
+def meet_budget(apply, low, high, model, config, images):
+    """The x of `adjustable` that leaves the operations that the merging schedule leaves, the mean over normalised images. By bisection; leaves the model near it."""
+    model.eval()
+    target = target_macs(config, model)
+    for _ in range(12):  # a threshold to 0.0005: MACs are steep in it
+        x = (low + high) / 2
+        apply(x)
+        counts = counts_over(model, images.split(64), DTYPES[config.dtype]) if config.method in PER_IMAGE else torch.tensor(pyra.token_counts(model))[:, None]
+        low, high = (x, high) if baselines.mean_macs(model, counts) < target else (low, x)
+    return x
+
+
+@torch.no_grad()
+def settle(model, config, images):
+    """After training, which changes what ATS draws and what LTMP finds similar, and DiffRate's search: brings the model to its budget.
+
+    images: normalised, some that it was trained on. Returns what there is to record: ats's counts, DiffRate's (prune, merge), one a block; for ltmp None.
+    """
+    apply, low, high = adjustable(model, config)
+    x = [meet_budget(apply, low, high, model, config, images)]
+    if dist.is_initialized():  # a sum in another order may tip another process's bisection
+        dist.broadcast_object_list(x)
+    apply(x[0])
+    if config.method == "ats":
+        return scaled_counts(model, config, x[0])
+    return [list(pair) for pair in baselines.diffrate_rates(model)] if config.method == "diffrate_search" else None
+
+
+def search_counts(config, num_classes, device):
+    """Method ats, before training: how many tokens to sample in each block for the pre-trained model to meet its budget."""
     model = pretrained(config, num_classes).to(device)
     images, _ = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
-    return search_counts(model, config, tasks.normalize(images[sample_indices(len(images))].to(device), config.norm))
-
-
-def search_thresholds(model, config, images):
-    """Method ltmp: one number added to all merging thresholds, such that the model meets the budget; each stays in [0, 1]. Leaves the model so."""
-    learned = [block.reducer.merge_threshold.item() for block in model.blocks]
-
-    def shift(x):
-        for block, threshold in zip(model.blocks, learned):
-            block.reducer.merge_threshold.fill_(min(max(threshold + x, 0), 1))
-    meet_budget(shift, -1, 1, model, config, images)
-    return [block.reducer.merge_threshold.item() for block in model.blocks]
-
-
-def settle(model, config, found, data):
-    """After training, which changes what ATS draws and what LTMP finds similar: brings the model back to its budget. Returns `found`, for ats the new counts."""
-    search = {"ats": search_counts, "ltmp": search_thresholds}[config.method]
-    numbers = [search(model, config, data.sample())]
-    if dist.is_initialized():  # a sum in another order may tip another process's bisection
-        dist.broadcast_object_list(numbers)
-    if config.method == "ats":
-        baselines.add_ats(model, numbers[0])
-        return numbers[0]
-    with torch.no_grad():
-        for block, threshold in zip(model.blocks, numbers[0]):
-            block.reducer.merge_threshold.fill_(threshold)
-    return found
+    images = tasks.normalize(images[sample_indices(len(images))].to(device), config.norm)
+    return scaled_counts(model, config, meet_budget(*adjustable(model, config), model, config, images))
 
 
 def search(config, num_classes, device, folder):
@@ -651,7 +649,7 @@ def search(config, num_classes, device, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tasks.alone(folder):
             if not file.is_file():
-                found = search_channels(config, num_classes, device) if config.method == "rap" else search_first_counts(config, num_classes, device)
+                found = {"rap": search_channels, "ats": search_counts}[config.method](config, num_classes, device)
                 pyra.write_atomically(file, lambda p: p.write_text(json.dumps(found)))
     if dist.is_initialized():
         dist.barrier()
@@ -762,6 +760,16 @@ def run(config, runs=None, progress=True):
         return fit(config, model.to(device), found, task, data, folder, rank, world, progress)
 
 
+def make_optimizer(model, config):
+    """AdamW of what the config trains. What is frozen goes to the config's dtype: it needs no float32 copy, and what is trained keeps one."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(DTYPES[config.dtype])
+    groups = baselines.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
+                                    layer_decay=config.layer_decay if config.peft == "full" else None)
+    return torch.optim.AdamW(groups, fused=True)
+
+
 def fit(config, model, found, task, data, folder, rank, world, progress):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     device, dtype = model.pos_embed.device, DTYPES[config.dtype]
@@ -769,14 +777,8 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     if config.second_epochs is not None:
         epochs, warmup = config.second_epochs, config.second_epochs // 10
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if dtype == torch.bfloat16:  # what is frozen needs no float32 copy; what is trained keeps one
-        for p in model.parameters():
-            if not p.requires_grad:
-                p.data = p.data.to(dtype)
     full = config.peft == "full"
-    groups = baselines.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
-                                    layer_decay=config.layer_decay if full else None)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = make_optimizer(model, config)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     model.checkpoint = config.checkpoint
     counted = config.method in ("ltmp", "diffrate_search")  # how many tokens stay is learned too
@@ -798,11 +800,11 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
         if (before := state.get("found", found)) != found:
-            if config.method == "ats":  # settled after the last epoch, but not recorded
-                found = before
-                baselines.add_ats(model, found)
-            else:
+            if config.method not in SETTLED:
                 raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
+            found = before  # settled after the last epoch, but not recorded
+            if config.method == "ats":
+                baselines.add_ats(model, found)
     elif rank == 0:
         pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
@@ -811,7 +813,7 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     batch = min(config.batch_size, data.n // world * world)
     steps, parts = data.n // batch, math.ceil(batch // world / (config.micro_batch or batch))
     if config.method == "diffrate_search":  # DiffRate's rate supposes thousands of steps; fewer have to come as far
-        peak_lrs = [lr * max(1, 300 / (steps * epochs)) if group["name"].endswith("_logits") else lr for lr, group in zip(peak_lrs, groups)]
+        peak_lrs = [lr * max(1, 300 / (steps * epochs)) if group["name"].endswith("_logits") else lr for lr, group in zip(peak_lrs, optimizer.param_groups)]
     bar = tqdm(total=epochs, desc=config.id(), initial=len(history), disable=not progress or rank > 0, leave=False)
     for epoch in range(len(history), epochs):
         start = time.perf_counter()
@@ -857,8 +859,8 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
             raise FloatingPointError(f"{folder.name}: the loss was {mean_loss} in epoch {epoch}{before}")
         entry = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=mean_loss, train_accuracy=sums[1].item() / steps / batch,
                      seconds=time.perf_counter() - start)
-        if epoch + 1 == epochs and config.method in PER_IMAGE:
-            found = settle(model, config, found, data)
+        if epoch + 1 == epochs and config.method in SETTLED:
+            found = settle(model, config, data.sample())
         if epoch + 1 == epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             entry["accuracy"] = evaluate(model, data.test(rank, world), dtype)
         history.append(entry)
@@ -873,17 +875,15 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     evaluated = [entry for entry in history if "accuracy" in entry]
     if not history:  # a second stage of no epochs
         evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
-    if config.method in PER_IMAGE:  # the others were not yet held to the budget
+    if config.method in SETTLED:  # the others were not yet held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     counts = token_counts(model, config, data, dtype).double()
     means = counts.mean(dim=1).tolist()
     reduced = baselines.mean_macs(model, counts)
     macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
-    if config.method in (*PER_IMAGE, "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
+    if config.method in (*SETTLED, "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
         warnings.warn(f"{folder.name} does {reduced / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
-    if config.method == "diffrate_search":
-        found = [list(pair) for pair in baselines.diffrate_rates(model)]
     result = Result(
         config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
@@ -973,18 +973,53 @@ def peak_memory(work, device):
     return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
+def check_timing(batch_size, rounds):
+    if batch_size < 1 or rounds < 1:
+        raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
+
+
+def in_turn(calls, device, seconds, rounds):
+    """Seconds that each of several functions takes: {name: function} -> {name: one number a round}.
+
+    Each round times every function for seconds / rounds or at least one call, and the device is waited for, so that a
+    machine's drift meets them all alike.
+    """
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+    def timed(name, times):
+        wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            calls[name]()
+        wait()
+        return (time.perf_counter() - start) / times
+
+    times = {name: max(1, round(seconds / rounds / timed(name, 1))) for name in calls}
+    took = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in calls:
+            took[name].append(timed(name, times[name]))
+    return took
+
+
+def speeds_of(took, batch_size, memory):
+    """in_turn's seconds for a batch and bytes of memory, by name -> {name: Speed}."""
+    first = next(iter(took.values()))
+    return {name: Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), statistics.median(map(operator.truediv, first, t)),
+                        1000 * statistics.median(t), memory[name]) for name, t in took.items()}
+
+
 @torch.inference_mode()
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
     """How fast several models are, measured in turn: {name: Speed}.
 
-    models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first. Each round times every model for
-    seconds / rounds or at least one batch, and the device is waited for, so that a machine's drift meets them all alike.
+    models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first.
+    seconds: for each model, in so many rounds; at least one batch a round (see `in_turn`).
     images: real ones, normalised, (n, 3, h, w), repeated up to the batch, where their number of tokens depends on them (ATS, LTMP); else noise.
     compile: None, or torch.compile's mode, such as "default" or "reduce-overhead" (CUDA graphs); compiling isn't timed.
     The models are moved to device and dtype and stay there. Raises ValueError.
     """
-    if batch_size < 1 or rounds < 1:
-        raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
+    check_timing(batch_size, rounds)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if compile not in COMPILE_MODES:
@@ -1000,35 +1035,20 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         batch[name] = batch[name].to(device, dtype)
         if compile:  # fullgraph: what can't be compiled is an error, not a slow model
             forward[name] = torch.compile(model, mode=compile, fullgraph=True, dynamic=False)
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-
-    def timed(name, batches):
-        wait()
-        start = time.perf_counter()
-        for _ in range(batches):
-            forward[name](batch[name])
-        wait()
-        return time.perf_counter() - start
-
-    batches, memory = {}, {}
+    memory = {}
     # to torch.compile our models are variants of one function, and it gives up after eight
     with torch._dynamo.config.patch(recompile_limit=max(8, len(models))) if compile else contextlib.nullcontext():
         for name, model in models.items():
             if compile or device.type == "cuda":
-                timed(name, 3 if compile else 1)  # compiles, and the second and third run record and replay a CUDA graph
+                for _ in range(3 if compile else 1):  # compiles, and the second and third run record and replay a CUDA graph
+                    forward[name](batch[name])
             packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, pyra.PackedLinear))
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name])) + packed * dtype.itemsize
             # a CUDA graph allocates nothing when it is replayed, and the profiler, which counts on a CPU, would have a model compiled once more
             countable = not compile or device.type == "cuda" and compile == "default"
             memory[name] = held + peak_memory(functools.partial(forward[name], batch[name]), device) if countable else None
-            batches[name] = max(1, round(seconds / rounds / timed(name, 1)))
-    took = {name: [] for name in models}  # seconds a batch
-    for _ in range(rounds):
-        for name in models:
-            took[name].append(timed(name, batches[name]) / batches[name])
-    first = next(iter(took.values()))
-    return {name: Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), statistics.median(map(operator.truediv, first, t)),
-                        1000 * statistics.median(t), memory[name]) for name, t in took.items()}
+    took = in_turn({name: functools.partial(forward[name], batch[name]) for name in models}, device, seconds, rounds)
+    return speeds_of(took, batch_size, memory)
 
 
 class Fitted(NamedTuple):
@@ -1105,7 +1125,7 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
 
 
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
-    """Rows of plain, ToMe and PYRA on random weights, on a CPU also of PYRA packed (pyra.pack), and of timm's model where timm is installed.
+    """Rows of plain, ToMe and PYRA on random weights, on a CPU also packed (pyra.pack), and of timm's model where timm is installed.
 
     A row is a dict with dtype, model, mac_ratio and a Speed's fields.
     """
@@ -1122,12 +1142,49 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
         pyra.add_tome(models["tome"], r)
         pyra.add_pyra(models["pyra"], r)
         if device == "cpu" and not compile and torch.backends.mkldnn.is_available() and (dtype == "float32" or has_fast_bfloat16(device)):
-            models["packed"] = pyra.pack(copy.deepcopy(models["pyra"]).to(DTYPES[dtype]))
+            models |= {f"{name}, packed": pyra.pack(copy.deepcopy(model).to(DTYPES[dtype])) for name, model in models.items()}
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
         if timm and timm.is_model(backbone):
             models["timm"], ratio["timm"] = timm.create_model(backbone), 1.0
         speeds = benchmark(models, batch_size, dtype, device, seconds, rounds, compile)
         rows += [dict(dtype=dtype, model=name, mac_ratio=ratio[name], **speed._asdict()) for name, speed in speeds.items()]
+    return rows
+
+
+def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, dtypes=tuple(DTYPES)):
+    """What a step of training takes with LoRA on random weights and noise: rows of plain, ToMe and PYRA, as they are and with `--checkpoint`.
+
+    A row is a dict as benchmark_table's. Its peak_memory is that of all that is there in a step: weights, images, what is
+    kept for the backward pass, gradients and AdamW's state; its mac_ratio is that of the forward pass. Raises ValueError.
+    """
+    check_timing(batch_size, rounds)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for dtype in dtypes:
+        steps, memory, ratio = {}, {}, {}
+        for method in ("plain", "tome", "pyra"):
+            config = Config(backbone=backbone, method=method, rate=rate, weights="none", dtype=dtype, device=str(device)).resolved()
+            model = build_model(config, 100).to(device).train()
+            optimizer = make_optimizer(model, config)
+            images, labels = torch.randn(batch_size, 3, model.img_size, model.img_size, device=device), torch.arange(batch_size, device=device) % 100
+
+            def step(model=model, optimizer=optimizer, images=images, labels=labels, checkpoint=False):
+                model.checkpoint = checkpoint
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                    logits = model(images)
+                F.cross_entropy(logits.float(), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            step()  # AdamW's state is made
+            state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images, *state))
+            for name, checkpoint in ((method, False), (f"{method}, checkpoint", True)):
+                steps[name] = functools.partial(step, checkpoint=checkpoint)
+                memory[name] = held + peak_memory(steps[name], device)
+                ratio[name] = pyra.count_macs(model)
+        speeds = speeds_of(in_turn(steps, device, seconds, rounds), batch_size, memory)
+        rows += [dict(dtype=dtype, model=name, mac_ratio=ratio["plain"] / ratio[name], **speed._asdict()) for name, speed in speeds.items()]
     return rows
 
 
@@ -1348,7 +1405,7 @@ def arguments(config):
 
 def main(argv):
     if argv[:1] == ["benchmark"]:
-        parser = argparse.ArgumentParser(prog="train.py benchmark", description="Images/s on random weights, models in turn.")
+        parser = argparse.ArgumentParser(prog="train.py benchmark", description="Images/s and memory on random weights, models in turn.")
         parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME")
         parser.add_argument("--batch_size", type=int, default=16)
         parser.add_argument("--rate", default="high")
@@ -1357,13 +1414,17 @@ def main(argv):
         parser.add_argument("--rounds", type=int, default=7)
         parser.add_argument("--dtype", choices=list(DTYPES), help="both by default")
         parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
+        parser.add_argument("--training", action="store_true", help="steps of training with LoRA, as they are and with --checkpoint, instead of inference")
         args = parser.parse_args(argv[1:])
         check_device(args.device)
-        print(f"{'dtype':9} {'model':6} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10} {'ms/batch':>9} {'peak MB':>8}")
-        for row in benchmark_table(args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds,
-                                   args.compile, [args.dtype] if args.dtype else DTYPES):
+        if args.training and args.compile:
+            raise ValueError("--training is measured without --compile")
+        common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)
+        dtypes = [args.dtype] if args.dtype else DTYPES
+        print(f"{'dtype':9} {'model':17} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10} {'ms/batch':>9} {'peak MB':>8}")
+        for row in training_table(*common, dtypes) if args.training else benchmark_table(*common, args.compile, dtypes):
             row["peak"] = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
-            print("{dtype:9} {model:6} {images_per_second:9.1f} {lowest:8.1f} {highest:8.1f} {speedup:9.2f} {mac_ratio:10.2f} {latency:9.1f} {peak:>8}".format(**row))
+            print("{dtype:9} {model:17} {images_per_second:9.1f} {lowest:8.1f} {highest:8.1f} {speedup:9.2f} {mac_ratio:10.2f} {latency:9.1f} {peak:>8}".format(**row))
         return
     if argv[:1] in (["grid"], ["slurm"]):
         parser = argparse.ArgumentParser(prog=f"train.py {argv[0]}", description="Many runs, from a file with a config a line: {\"task\": \"dtd\", \"seed\": 1}")

@@ -28,7 +28,7 @@ OTHER_PARAMETERS = {
     "compare_distillation": [dict(epochs=1, rate=4.0, seconds=0.05)],
     "compare_reducers": [dict(methods=["evit", "diffrate"], peft="snf", epochs=1, rates=[4.0], seconds=0.05)],
     "vtab": [dict(methods=["pyra"], rates=[4.0], lrs=[1e-4], seeds=[1, 2])],
-    "throughput": [dict(rates=[2.5], batch_sizes=[2], dtypes=["float32"], seconds=0.01, rounds=2)],
+    "throughput": [dict(rates=[2.5], batch_sizes=[2], train_batch_size=3, dtypes=["float32"], seconds=0.01, rounds=2)],
     "deploy": [dict(epochs=1, target_speedup=3.0, serve_batch=2, seconds=0.02, seed=1)],
 }
 WRONG_PARAMETERS = {
@@ -44,7 +44,8 @@ WRONG_PARAMETERS = {
     "compare_distillation": [(dict(teacher="vit_huge"), "teacher must be one of vit_nano_patch4_56")],
     "vtab": [(dict(methods=["pira"]), "method must be one of .*, not 'pira'"), (dict(task_names=[]), "task_names needs an entry"), (dict(lrs=[-1.0]), "modulation_lr must be a finite number"),
              (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
-    "throughput": [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number"), (dict(dtypes=["float16"]), "dtypes must be of float32, bfloat16"), (dict(compile="fast"), "compile must be one of None, default")],
+    "throughput": [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number"), (dict(dtypes=["float16"]), "dtypes must be of float32, bfloat16"), (dict(compile="fast"), "compile must be one of None, default"),
+                   (dict(rates=[]), "rates needs an entry"), (dict(train_batch_size=0), "batch sizes must be integers above 0")],
     "deploy": [(dict(target_speedup=1.0), "target_speedup must be greater than 1"), (dict(path="nowhere"), "nowhere is not a folder")],
 }
 

@@ -889,7 +889,7 @@ def test_other_reducers(task, tmp_path, monkeypatch, method, tolerance):
     assert_same_run(train.run(config, tmp_path / "resumed", progress=False), result)
 
 
-@pytest.mark.parametrize("method", ["ats", "ltmp"])
+@pytest.mark.parametrize("method", ["ats", "ltmp", "diffrate_search"])
 def test_settles_at_its_budget_after_training(task, tmp_path, monkeypatch, method):
     """What was searched for before training, or learned in it, is brought to the budget on images to train on; also where that was not recorded."""
     config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": method, "rate": 2.5})
@@ -902,6 +902,8 @@ def test_settles_at_its_budget_after_training(task, tmp_path, monkeypatch, metho
         model = train.load_run(result)
         _, counts = baselines.forward_counted(model, tasks.normalize(images, "half"))
     assert baselines.mean_macs(model, counts) == pytest.approx(train.target_macs(config, model), rel=0.02)
+    if method == "diffrate_search":
+        assert result.found == [list(pair) for pair in baselines.diffrate_rates(model)]
 
     saved = adapter(result)
     (tmp_path / config.id() / "result.json").unlink()
@@ -924,7 +926,7 @@ def test_a_run_never_goes_on_with_other_rates(task, tmp_path, monkeypatch):
 
 def test_budget_is_learned(task, tmp_path, monkeypatch):
     """LTMP's thresholds and DiffRate's logits go where the budget is, at their own learning rates, and nowhere else."""
-    monkeypatch.setattr(train, "settle", lambda model, config, found, data: found)  # which would move them again, after training
+    monkeypatch.setattr(train, "settle", lambda model, config, images: None)  # which would move them again, after training
     for method, names in (("ltmp", ("merge_threshold", "prune_threshold")), ("diffrate_search", ("prune_logits", "merge_logits"))):
         config = train.Config(task=task, **{**SMALL, **ONE_STEP, "method": method, "rate": 3.0})
         result, before = train.run(config, tmp_path, progress=False), trained_part(train.build_model(config, 3))
@@ -935,7 +937,6 @@ def test_budget_is_learned(task, tmp_path, monkeypatch):
             assert 0.5 * rate < moved.abs().max() < 1.01 * rate  # AdamW's first step is as long as its rate
             if name == "merge_threshold":
                 assert moved.min() < 0  # merging more costs less
-        assert result.found == ([list(pair) for pair in baselines.diffrate_rates(train.load_run(result))] if method == "diffrate_search" else None)
 
 
 def test_pruned_channels_are_searched_once_and_never_on_test(task, tmp_path, monkeypatch):
@@ -1354,14 +1355,32 @@ def test_benchmark_refuses(changes, sentence):
         train.benchmark({}, **changes)
 
 
+def read_speeds(printed):
+    """The table that `train.py benchmark` prints: rows of dtype, model and numbers."""
+    head, *lines = printed.splitlines()
+    assert head.split()[:3] == ["dtype", "model", "images/s"]
+    return [[line[:9].strip(), line[10:27].strip(), *map(float, line[27:].split())] for line in lines]
+
+
 def test_benchmark_command(capsys):
     train.main("benchmark --backbone vit_nano_patch4_56 --batch_size 1 --rate 2.5 --device cpu --seconds 0.01 --rounds 2".split())
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("without timm")]
-    assert lines[0].split()[:3] == ["dtype", "model", "images/s"]
-    rows = [line.split() for line in lines[1:]]
+    rows = read_speeds(capsys.readouterr().out)
     packs = [dtype for dtype in train.DTYPES if torch.backends.mkldnn.is_available() and (dtype == "float32" or train.has_fast_bfloat16("cpu"))]
-    assert [row[:2] for row in rows] == [[dtype, model] for dtype in train.DTYPES for model in ("plain", "tome", "pyra", *(["packed"] if dtype in packs else []))]
-    for row in rows:
-        median, low, high, speedup, ratio, latency = map(float, row[2:-1])
-        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and 2 < float(row[-1]) < 20
-        assert ratio == 1 if row[1] == "plain" else 2 < ratio < 3
+    names = ("plain", "tome", "pyra")
+    assert [row[:2] for row in rows if row[1] != "timm"] == [
+        [dtype, name] for dtype in train.DTYPES for name in (*names, *([f"{name}, packed" for name in names] if dtype in packs else []))]
+    for _, model, median, low, high, speedup, ratio, latency, peak in rows:
+        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and 2 < peak < 20
+        assert ratio == 1 if model in ("plain", "plain, packed", "timm") else 2 < ratio < 3
+
+
+def test_benchmark_command_for_training(capsys):
+    train.main("benchmark --training --backbone vit_nano_patch4_56 --batch_size 4 --device cpu --dtype float32 --seconds 0.01 --rounds 2".split())
+    rows = read_speeds(capsys.readouterr().out)
+    assert [row[1] for row in rows] == [name + how for name in ("plain", "tome", "pyra") for how in ("", ", checkpoint")]
+    peaks = {row[1]: row[-1] for row in rows}
+    assert peaks["pyra, checkpoint"] < peaks["pyra"] < 0.5 * peaks["plain"] and peaks["plain, checkpoint"] < 0.5 * peaks["plain"] and peaks["tome"] <= peaks["pyra"]
+    assert all(row[6] == 1 if "plain" in row[1] else row[6] > 3 for row in rows) and all(0 < row[3] <= row[2] <= row[4] for row in rows)
+    for changes, sentence in (("--compile default", "--training is measured without --compile"), ("--batch_size 0", "batch_size and rounds must be at least 1")):
+        with pytest.raises(ValueError, match=sentence):
+            train.main(f"benchmark --training --backbone vit_nano_patch4_56 --device cpu {changes}".split())
