@@ -354,14 +354,8 @@ class LTMP(nn.Module):
     @torch.no_grad()
     def similarity(self, attention, dead):
         """For each even token its highest similarity to an odd one, -inf where it must not merge, and which that is: (b, a) each."""
-        with torch.autocast(dead.device.type, enabled=False):
-            metric = F.normalize(attention.k.mean(dim=1).float(), dim=-1)
-            scores = metric[:, ::2] @ metric[:, 1::2].mT
-        scores = scores.masked_fill(dead[:, ::2, None] | dead[:, None, 1::2], -math.inf)
-        scores[:, 0] = -math.inf
-        if self.specials == 2:
-            scores[:, :, 0] = -math.inf
-        return scores.max(dim=-1)
+        scores = pyra.similarities(attention.k.mean(dim=1), self.specials)
+        return scores.masked_fill(dead[:, ::2, None] | dead[:, None, 1::2], -math.inf).max(dim=-1)
 
     @torch.no_grad()
     def importance(self, attention, size):
@@ -911,8 +905,7 @@ def add_snf(model, flows=0, affine=True):
     Raises ValueError.
     """
     pyra.check_peft(model)
-    if isinstance(flows, bool) or not isinstance(flows, int) or flows < 0:
-        raise ValueError(f"flows must be an integer of at least 0, not {flows!r}")
+    pyra.check_integer("flows", flows, least=0)
     if not flows and not affine:
         raise ValueError("SNF without affine needs flows of at least 1")
     for block in model.blocks:
@@ -1045,8 +1038,7 @@ def search_pruning(model, flops_ratio, score, candidates=20, seed=0):
     """
     check_prunable(model)
     pyra.check_flops_ratio(flops_ratio)
-    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
-        raise ValueError(f"candidates must be a positive integer, not {candidates!r}")
+    pyra.check_integer("candidates", candidates)
     generator = torch.Generator().manual_seed(seed)
     best, best_score = None, math.inf
     for _ in tqdm(range(candidates), desc="scoring prunings", leave=False, delay=2):

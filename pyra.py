@@ -59,6 +59,12 @@ PAPER_SCHEDULES = {
 }
 
 
+def check_integer(name, value, least=1):
+    """Raises ValueError unless the value is an int, no bool, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be {'a positive integer' if least == 1 else f'an integer of at least {least}'}, not {value!r}")
+
+
 def check_flops_ratio(flops_ratio):
     """F/f, how many times fewer operations, must be a finite number above 1. Raises ValueError."""
     if isinstance(flops_ratio, bool) or not isinstance(flops_ratio, (int, float)) or not 1 < flops_ratio < math.inf:
@@ -73,8 +79,7 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     The equation approximates: the MACs it reaches are a few per cent off F/f. Raises ValueError.
     """
     for name, value, least in (("depth", depth, 1), ("remaining", remaining, 0), ("tokens", tokens, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        check_integer(name, value, least)
     if remaining >= tokens:
         raise ValueError(f"remaining ({remaining}) must be less than tokens ({tokens})")
     check_flops_ratio(flops_ratio)
@@ -247,6 +252,17 @@ def most_merges(n, specials):
     return max((n - specials) // 2, 0)
 
 
+def similarities(metric, specials=1):
+    """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf with special tokens, which never merge."""
+    with torch.autocast(metric.device.type, enabled=False):  # in bf16 they would tie
+        metric = F.normalize(metric.float(), dim=-1)
+        scores = metric[:, ::2] @ metric[:, 1::2].mT
+    scores[:, 0] = -math.inf  # the class token is even token 0
+    if specials == 2:
+        scores[:, :, 0] = -math.inf  # the distillation token is odd token 0
+    return scores
+
+
 def match(metric, r, specials=1):
     """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
 
@@ -254,13 +270,7 @@ def match(metric, r, specials=1):
     distillation token), which stay, in front. No gradient flows through the matching. Returns a Matching.
     """
     b, n, _ = metric.shape
-    with torch.autocast(metric.device.type, enabled=False):  # in bf16 the similarities would tie
-        metric = F.normalize(metric.detach().float(), dim=-1)
-        scores = metric[:, ::2] @ metric[:, 1::2].mT  # (b, a, n - a)
-    scores[:, 0] = -math.inf  # the class token is even token 0
-    if specials == 2:
-        scores[:, :, 0] = -math.inf  # the distillation token is odd token 0
-    best, partner = scores.max(dim=-1)  # (b, a)
+    best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: the class token comes first
 
@@ -485,10 +495,8 @@ class VisionTransformer(nn.Module):
                  num_classes=1000, distilled=False, global_pool="token", drop_path_rate=0.0):
         super().__init__()
         for name, value in dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an integer of at least 0, not {num_classes!r}")
+            check_integer(name, value)
+        check_integer("num_classes", num_classes, least=0)
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
@@ -609,8 +617,7 @@ def freeze(model):
 def check_peft(model, dropout=0.0, **sizes):
     """What every PEFT asks before any work: positive integers, a rate of dropout, no PEFT yet, for a model takes one. Raises ValueError."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        check_integer(name, value)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
     if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks):
@@ -706,8 +713,7 @@ def add_pyra(model, r, s=1, prop_attn=True):
     r as in `add_tome`, but an entry that the tokens left can't satisfy is refused: w_r has a row for each merged pair.
     s: rank of the generators w_r (r, s) and w_d (s, c). Raises ValueError.
     """
-    if isinstance(s, bool) or not isinstance(s, int) or s < 1:
-        raise ValueError(f"s must be a positive integer, not {s!r}")
+    check_integer("s", s)
     entries = check_schedule(model, r)
     n = model.num_patches + model.specials
     for i, entry in enumerate(entries):
@@ -765,7 +771,9 @@ def write_atomically(path, write):
     try:
         write(partial)
         os.replace(partial, path)
-    except Exception as error:  # a full disk is an OSError to Python, a RuntimeError to torch, and something else to safetensors
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":  # so a full disk is called by Python, torch and safetensors
+            raise
         raise OSError(f"{path} can't be written ({reason(error)}): is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -996,6 +1004,7 @@ def export_onnx(model, path, mean, std):
         raise ValueError(f"there is no folder for {str(path)!r}")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("the model is packed for this CPU: export it before pack")
+    token_counts(model)  # refuses ATS and LTMP, whose tensors are as long as an image has it
     try:
         from onnxscript import opset18 as op
     except ImportError as error:

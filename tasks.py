@@ -250,7 +250,7 @@ def draw_sprites(task, n, rng):
 def draw_tree(path, **counts):
     """For trying what reads images from one folder a class: so many drawn ones under path/<split>, of seven shapes at any place, size and angle."""
     for split, count in counts.items():
-        images, _, factors = draw_sprites("sprites_orientation", count, np.random.default_rng(count))
+        images, _, factors = draw_sprites("sprites_orientation", count, np.random.default_rng([zlib.crc32(split.encode()), count]))
         for i, (image, shape) in enumerate(zip(images, factors["shape"][:, 0])):
             file, png = Path(path) / split / list(SHAPES)[shape] / f"{i}.png", io.BytesIO()
             Image.fromarray(image).save(png, "png")

@@ -41,6 +41,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -696,7 +697,11 @@ def recorded(config, vary, runs=None):
     """All recorded Results whose configs equal `config` in every field but those named in `vary`, such as ("s", "seed")."""
     found = []
     for file in sorted(runs_folder(runs).glob("*/result.json")):
-        result = read_result(file.parent)
+        try:
+            result = read_result(file.parent)
+        except ValueError as error:  # somebody else's, perhaps
+            warnings.warn(str(error), stacklevel=2)
+            continue
         theirs = {**{f.name: f.default for f in dataclasses.fields(Config)}, **result.config}  # an older record lacks newer fields
         try:
             like = dataclasses.replace(config, **{name: theirs[name] for name in vary}).resolved()
@@ -707,6 +712,18 @@ def recorded(config, vary, runs=None):
     return found
 
 
+def check_run(config):
+    """What can be said of a config on this machine before its run: finds its task. Raises ValueError or FileNotFoundError."""
+    check_device(config.device)
+    task = tasks.find_task(config.task, config.data_root)
+    with torch.device("meta"):
+        model = create_backbone(config, task.num_classes)
+        target_macs(config, model)
+        if config.method in ("tome", "pyra", "tofu", "evit"):
+            add_reducer(model, config)
+    return task
+
+
 def run(config, runs=None, progress=True):
     """Trains and evaluates one config, or finds the record of it. Returns its Result.
 
@@ -715,13 +732,12 @@ def run(config, runs=None, progress=True):
     for the first, and finds its record. Raises ValueError or FileNotFoundError for a config that can't run, before any
     training; FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
     """
-    check_device(config.device)
     config = config.resolved()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = runs_folder(runs) / config.id()
     if world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
         return result
-    task = tasks.find_task(config.task, config.data_root)
+    task = check_run(config)
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     device = torch.device(config.device)
@@ -733,8 +749,6 @@ def run(config, runs=None, progress=True):
             # days: the first process may wait for a run that others are at, and the rest wait for it
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
 
-    with torch.device("meta"):
-        target_macs(config, create_backbone(config, task.num_classes))  # refuses a schedule that doesn't fit before anything is written
     found = None
     if config.method == "diffrate":  # a run of its own finds the rates
         found = run(diffrate_search(config), runs, progress).found
@@ -770,6 +784,24 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, fused=True)
 
 
+def resume(state_file, config, model, trained, optimizer, found):
+    """Back to the end of the last epoch that was saved: model and optimizer as they were. Returns history and found. Raises ValueError."""
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{state_file} is damaged ({pyra.reason(error)}): delete it to start this run again") from error
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state["model"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    before = state.get("found", found)
+    if before != found and config.method not in SETTLED:
+        raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
+    if before != found and config.method == "ats":  # settled after the last epoch, but not recorded
+        baselines.add_ats(model, before)
+    return state["history"], before
+
+
 def fit(config, model, found, task, data, folder, rank, world, progress):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     device, dtype = model.pos_embed.device, DTYPES[config.dtype]
@@ -790,21 +822,7 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
 
     history, state_file = [], folder / "state.pt"
     if state_file.is_file():
-        try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{state_file} is damaged ({pyra.reason(error)}): delete it to start this run again") from error
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["model"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-        if (before := state.get("found", found)) != found:
-            if config.method not in SETTLED:
-                raise ValueError(f"{state_file} was trained with other numbers than {config.method} finds now: delete it to start this run again")
-            found = before  # settled after the last epoch, but not recorded
-            if config.method == "ats":
-                baselines.add_ats(model, found)
+        history, found = resume(state_file, config, model, trained, optimizer, found)
     elif rank == 0:
         pyra.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     if device.type == "cuda":
@@ -875,24 +893,7 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     evaluated = [entry for entry in history if "accuracy" in entry]
     if not history:  # a second stage of no epochs
         evaluated = [dict(epoch=-1, accuracy=evaluate(model, data.test(rank, world), dtype))]
-    if config.method in SETTLED:  # the others were not yet held to the budget
-        evaluated = evaluated[-1:]
-    best = max(evaluated, key=lambda entry: entry["accuracy"])
-    counts = token_counts(model, config, data, dtype).double()
-    means = counts.mean(dim=1).tolist()
-    reduced = baselines.mean_macs(model, counts)
-    macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
-    if config.method in (*SETTLED, "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
-        warnings.warn(f"{folder.name} does {reduced / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=3)
-    result = Result(
-        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
-        accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
-        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], found=found, trained=count_trained(model),
-        backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
-        seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
-        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        versions=dict(torch=torch.__version__, python=sys.version.split()[0]),
-    )
+    result = sum_up(config, model, found, task, data, history, evaluated, folder)
     if rank == 0:
         pyra.save_adapter(model, folder / "adapter.safetensors")
         pyra.write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
@@ -901,14 +902,38 @@ def fit(config, model, found, task, data, folder, rank, world, progress):
     return result
 
 
+def sum_up(config, model, found, task, data, history, evaluated, folder):
+    """The Result of a trained model: its accuracies, from `evaluated`, and what it costs."""
+    if config.method in SETTLED:  # before its last epoch it was not held to the budget
+        evaluated = evaluated[-1:]
+    best = max(evaluated, key=lambda entry: entry["accuracy"])
+    device = model.pos_embed.device
+    counts = token_counts(model, config, data, DTYPES[config.dtype]).double()
+    means = counts.mean(dim=1).tolist()
+    reduced = baselines.mean_macs(model, counts)
+    macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
+    if config.method in (*SETTLED, "diffrate") and not 0.95 < reduced / target_macs(config, model) < 1.05:
+        warnings.warn(f"{folder.name} does {reduced / target_macs(config, model):.2f} times the operations that it was to do", stacklevel=4)
+    return Result(
+        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
+        accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
+        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], found=found, trained=count_trained(model),
+        backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
+        seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
+        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        versions=dict(torch=torch.__version__, python=sys.version.split()[0]),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What notebooks need besides
 
 
-def check_parameters(namespace):
+def check_parameters(namespace, may_be_empty=()):
     """Refuses what papermill was told and the notebook doesn't know: papermill itself only warns, and runs the default.
 
-    namespace: the notebook's globals(), where the parameters cell has written `name: type = default`. Raises ValueError.
+    namespace: the notebook's globals(), where the parameters cell has written `name: type = default`. may_be_empty: the lists
+    that may. Raises ValueError.
     """
     known = namespace["__annotations__"]
     injected = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
@@ -920,6 +945,8 @@ def check_parameters(namespace):
     for name, kind in known.items():  # what is a str here may be more to Config, which looks closer
         value, expected = namespace[name], getattr(kind, "__name__", kind)
         allowed = {"int": int, "float": (int, float), "bool": bool, "list": list}.get(expected, object)
+        if value == [] and name not in may_be_empty:
+            raise ValueError(f"{name} needs an entry")
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and expected in ("int", "float"))):
             raise ValueError(f"{name} must be of type {expected}, not {value!r}" + ("; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""))
 
@@ -930,10 +957,28 @@ def paper_table(name):
         return list(csv.DictReader(file))
 
 
+class OverSeeds(NamedTuple):
+    """As text "87.2 ± 1.4", or as a format such as .2f has the numbers; of one alone "87.2"."""
+
+    mean: float
+    std: float
+    n: int
+
+    def __format__(self, spec):
+        return f"{self.mean:{spec or '.1f'}}" + (f" ± {self.std:{spec or '.1f'}}" if self.n > 1 else "")
+
+    def __str__(self):
+        return f"{self}"
+
+
+def over_seeds(values):
+    """Mean and standard deviation of several runs' numbers; the deviation of one is 0."""
+    return OverSeeds(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
 def accuracy_over_seeds(results):
-    """Last-epoch accuracies in %: (mean, standard deviation, how many); the deviation of one is 0."""
-    accuracies = [100 * result.accuracy_last for result in results]
-    return statistics.mean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0, len(accuracies)
+    """Last-epoch accuracies in %, as over_seeds has it."""
+    return over_seeds([100 * result.accuracy_last for result in results])
 
 
 def group_means(accuracies, groups):
@@ -973,9 +1018,16 @@ def peak_memory(work, device):
     return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-def check_timing(batch_size, rounds):
-    if batch_size < 1 or rounds < 1:
-        raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
+def check_timing(batch_size, rounds=1, seconds=1.0, dtypes=(), device=None, compile=None):
+    """Raises ValueError, in a sentence, for what `benchmark` and its kin can't measure."""
+    if not all(type(n) is int and n > 0 for n in (batch_size, rounds)) or not seconds > 0:
+        raise ValueError(f"batch_size and rounds must be at least 1 and seconds greater than 0, not {batch_size}, {rounds} and {seconds}")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
+    check_device(device)
 
 
 def in_turn(calls, device, seconds, rounds):
@@ -1009,7 +1061,6 @@ def speeds_of(took, batch_size, memory):
                         1000 * statistics.median(t), memory[name]) for name, t in took.items()}
 
 
-@torch.inference_mode()
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
     """How fast several models are, measured in turn: {name: Speed}.
 
@@ -1017,38 +1068,42 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     seconds: for each model, in so many rounds; at least one batch a round (see `in_turn`).
     images: real ones, normalised, (n, 3, h, w), repeated up to the batch, where their number of tokens depends on them (ATS, LTMP); else noise.
     compile: None, or torch.compile's mode, such as "default" or "reduce-overhead" (CUDA graphs); compiling isn't timed.
-    The models are moved to device and dtype and stay there. Raises ValueError.
+    The models are moved to device and dtype and stay there, in eval mode. Raises ValueError.
     """
-    check_timing(batch_size, rounds)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if compile not in COMPILE_MODES:
-        raise ValueError(f"compile must be one of {', '.join(map(str, COMPILE_MODES))}, not {compile!r}")
+    check_timing(batch_size, rounds, seconds, [dtype], device, compile)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, batch, forward = DTYPES[dtype], {}, dict(models)
+    dtype, calls, memory = DTYPES[dtype], {}, {}
     if compile:
         torch.compiler.reset()  # what earlier calls compiled would be tried first at each batch
     for name, model in models.items():
         model.eval().to(device, dtype)
         size = getattr(model, "img_size", 224)
-        batch[name] = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
-        batch[name] = batch[name].to(device, dtype)
-        if compile:  # fullgraph: what can't be compiled is an error, not a slow model
-            forward[name] = torch.compile(model, mode=compile, fullgraph=True, dynamic=False)
-    memory = {}
+        batch = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
+        # fullgraph: what can't be compiled is an error, not a slow model
+        forward = torch.compile(model, mode=compile, fullgraph=True, dynamic=False) if compile else model
+        calls[name] = functools.partial(forward, batch.to(device, dtype))
     # to torch.compile our models are variants of one function, and it gives up after eight
-    with torch._dynamo.config.patch(recompile_limit=max(8, len(models))) if compile else contextlib.nullcontext():
+    patch = torch._dynamo.config.patch(recompile_limit=max(8, len(models))) if compile else contextlib.nullcontext()
+    with torch.inference_mode(), patch:
         for name, model in models.items():
             if compile or device.type == "cuda":
                 for _ in range(3 if compile else 1):  # compiles, and the second and third run record and replay a CUDA graph
-                    forward[name](batch[name])
+                    calls[name]()
             packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, pyra.PackedLinear))
-            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), batch[name])) + packed * dtype.itemsize
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *calls[name].args)) + packed * dtype.itemsize
             # a CUDA graph allocates nothing when it is replayed, and the profiler, which counts on a CPU, would have a model compiled once more
             countable = not compile or device.type == "cuda" and compile == "default"
-            memory[name] = held + peak_memory(functools.partial(forward[name], batch[name]), device) if countable else None
-    took = in_turn({name: functools.partial(forward[name], batch[name]) for name in models}, device, seconds, rounds)
-    return speeds_of(took, batch_size, memory)
+            memory[name] = held + peak_memory(calls[name], device) if countable else None
+        return speeds_of(in_turn(calls, device, seconds, rounds), batch_size, memory)
+
+
+def images_to_time(config, count):
+    """Normalised test images of the config's task, drawn, for `benchmark` of models whose tokens depend on the image: (at most count, 3, h, w)."""
+    config = config.resolved()
+    with torch.device("meta"):
+        img_size = create_backbone(config, 1).img_size
+    images, _ = tasks.load_split(config.task, "test", img_size, config.data_root)
+    return tasks.normalize(images[sample_indices(len(images), count)], config.norm)
 
 
 class Fitted(NamedTuple):
@@ -1089,6 +1144,9 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
     Raises ValueError for a target that takes no merging, or fewer operations than the most merging leaves.
     """
     target = images_per_second if speedup is None else speedup
+    check_timing(batch_size, seconds=seconds, dtypes=[dtype], device=device)
+    if tries < 1 or not tolerance > 0:
+        raise ValueError(f"tries must be at least 1 and tolerance greater than 0, not {tries} and {tolerance}")
     if (speedup is None) == (images_per_second is None) or isinstance(target, (bool, str)) or not 0 < target < math.inf:
         raise ValueError(f"one of speedup and images_per_second must be a positive number, not {speedup!r} and {images_per_second!r}")
     if speedup is not None and speedup <= 1:
@@ -1127,8 +1185,9 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
     """Rows of plain, ToMe and PYRA on random weights, on a CPU also packed (pyra.pack), and of timm's model where timm is installed.
 
-    A row is a dict with dtype, model, mac_ratio and a Speed's fields.
+    A row is a dict with dtype, model, mac_ratio and a Speed's fields. Raises ValueError.
     """
+    check_timing(batch_size, rounds, seconds, dtypes, device, compile)
     try:
         import timm
     except ImportError:
@@ -1151,13 +1210,23 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
     return rows
 
 
+def training_step(model, optimizer, images, checkpoint=False):
+    """A step as `fit` does it, towards labels that are all 0; in bf16 where the frozen weights are."""
+    model.checkpoint = checkpoint
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=model.pos_embed.dtype == torch.bfloat16):
+        logits = model(images)
+    F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64, device=images.device)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, dtypes=tuple(DTYPES)):
     """What a step of training takes with LoRA on random weights and noise: rows of plain, ToMe and PYRA, as they are and with `--checkpoint`.
 
     A row is a dict as benchmark_table's. Its peak_memory is that of all that is there in a step: weights, images, what is
     kept for the backward pass, gradients and AdamW's state; its mac_ratio is that of the forward pass. Raises ValueError.
     """
-    check_timing(batch_size, rounds)
+    check_timing(batch_size, rounds, seconds, dtypes, device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for dtype in dtypes:
@@ -1165,19 +1234,10 @@ def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, 
         for method in ("plain", "tome", "pyra"):
             config = Config(backbone=backbone, method=method, rate=rate, weights="none", dtype=dtype, device=str(device)).resolved()
             model = build_model(config, 100).to(device).train()
-            optimizer = make_optimizer(model, config)
-            images, labels = torch.randn(batch_size, 3, model.img_size, model.img_size, device=device), torch.arange(batch_size, device=device) % 100
-
-            def step(model=model, optimizer=optimizer, images=images, labels=labels, checkpoint=False):
-                model.checkpoint = checkpoint
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                    logits = model(images)
-                F.cross_entropy(logits.float(), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
+            step = functools.partial(training_step, model, make_optimizer(model, config), torch.randn(batch_size, 3, model.img_size, model.img_size, device=device))
             step()  # AdamW's state is made
-            state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+            _, optimizer, images = step.args
+            state = [t for of_one in optimizer.state.values() for t in of_one.values() if torch.is_tensor(t)]
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images, *state))
             for name, checkpoint in ((method, False), (f"{method}, checkpoint", True)):
                 steps[name] = functools.partial(step, checkpoint=checkpoint)
@@ -1251,7 +1311,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     """Runs what isn't recorded yet, each run in a process of its own, `workers` at a time. Returns the Results, None where a run failed.
 
     workers: by default one a CUDA device, or one on the CPU; they take the devices in turn and share the cores (or OMP_NUM_THREADS says).
-    A run that ends in a sentence would do so again; one that ends in any other way is tried twice more. What failed is said on stderr, with its
+    What `check_run` refuses is not begun. A run that ends in a sentence would do so again; one that ends in any other way is tried twice more. What failed is said on stderr, with its
     log, runs/logs/<id>.log, and the others go on. Several runners may share a folder: none starts what another is at. Where the runner ends, its
     processes end (on Linux; elsewhere, after kill -9, they finish the run that they are at), and the same call goes on at their last epochs.
     """
@@ -1262,16 +1322,14 @@ def run_grid(configs, workers=None, runs=None, progress=True):
         raise ValueError(f"workers must be at least 1, not {workers}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // workers)), **os.environ, "PYRA_RUNS": str(runs), "PYRA_RUNNER": str(os.getpid())}
-    todo = in_order(configs)
-    needs = {name: [first.id() for first in needed(config)] for name, config in todo.items()}
     free, running, tries, failed = list(range(workers)), {}, collections.Counter(), {}
 
     def done(name):
         return (runs / name / "result.json").is_file()
 
     def fail(name, why):
-        failed[name] = why
-        tqdm.write(f"failed: {name}: {why}; its log: {runs / 'logs' / f'{name}.log'}", file=sys.stderr)
+        failed[name], log = why, runs / "logs" / f"{name}.log"
+        tqdm.write(f"failed: {name}: {why}" + (f"; its log: {log}" if log.is_file() else ""), file=sys.stderr)
 
     def start(name, slot):
         config = dataclasses.replace(todo[name], device=(todo[name].device or "").split(":")[0] or None)  # the one device that the process sees
@@ -1283,6 +1341,14 @@ def run_grid(configs, workers=None, runs=None, progress=True):
                 log.flush()
                 return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **visible})
 
+    for name, config in {config.id(): config for config in configs}.items():
+        try:
+            if not done(name):
+                check_run(config.resolved())
+        except (ValueError, OSError) as error:
+            fail(name, pyra.reason(error))
+    todo = in_order([config for config in configs if config.id() not in failed])
+    needs = {name: [first.id() for first in needed(config)] for name, config in todo.items()}
     waiting = [name for name in todo if not done(name)]
     shown, bar = "", tqdm(desc="runs", total=len(todo), initial=len(todo) - len(waiting), smoothing=0, disable=not progress)
     try:
@@ -1392,7 +1458,8 @@ def parse(argv):
     fields = dataclasses.fields(Config)
     for f in fields:
         shown = "the paper's for the backbone, or the device's" if f.default is None else f.default
-        parser.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']} (default: {shown})")
+        flag = dict(nargs="?", const="True") if f.type is bool else {}  # --checkpoint is --checkpoint True
+        parser.add_argument(f"--{f.name}", metavar="", **flag, help=f"{f.metadata['help']} (default: {shown})")
     given = vars(parser.parse_args(argv))
     return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
 
@@ -1416,7 +1483,6 @@ def main(argv):
         parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
         parser.add_argument("--training", action="store_true", help="steps of training with LoRA, as they are and with --checkpoint, instead of inference")
         args = parser.parse_args(argv[1:])
-        check_device(args.device)
         if args.training and args.compile:
             raise ValueError("--training is measured without --compile")
         common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)
@@ -1451,11 +1517,14 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if runner := os.environ.pop("PYRA_RUNNER", None):
+    runner = os.environ.pop("PYRA_RUNNER", None)
+    if runner:
         end_with(int(runner))
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if runner:  # its log keeps where, too
+            traceback.print_exc()
         hint = "; with --micro_batch a device takes fewer images at once" if isinstance(error, torch.OutOfMemoryError) else ""
         sys.exit(f"train.py: {pyra.reason(error)}{hint}")
     except KeyboardInterrupt:

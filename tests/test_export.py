@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import pyra
 import tasks
 from small import one_thread  # noqa: F401 (a fixture)
@@ -188,6 +189,12 @@ def test_export_onnx_refuses(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pyra.export_onnx(tiny("plain"), **{**dict(path=tmp_path / "model.onnx", mean=MEAN, std=STD), **changes})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("add", [lambda model: baselines.add_ats(model, 5), baselines.add_ltmp], ids=["ats", "ltmp"])
+def test_export_onnx_refuses_what_depends_on_the_image(add, tmp_path):
+    with pytest.raises(ValueError, match="keeps as many tokens as an image needs"):
+        pyra.export_onnx(add(tiny("plain")), tmp_path / "model.onnx", MEAN, STD)
 
 
 def test_export_onnx_names_the_package_that_is_missing(monkeypatch, tmp_path):

@@ -265,6 +265,18 @@ def write_lists(folder, label="0"):
         (folder / f"{split}.txt").write_text(f"a.png {label}\n" * 8)
 
 
+def test_what_cannot_be_is_said_before_anything_runs(stub, tmp_path, capfd):
+    """No task of that name, and a first block that is to merge more than there is; also behind a first stage, which is not run for it alone."""
+    bad = [train.Config(seed=5, task="cifr100"), train.Config(seed=5, method="pyra", rate=[150] + [0] * 11), train.Config(seed=5, method="pyra", rate=[0] * 3, second_epochs=1)]
+    good = train.Config(seed=6)
+    started = stub([*bad, good])
+    assert train.run_grid([*bad, good], 1, tmp_path / "runs", progress=False)[:3] == [None] * 3
+    reports = capfd.readouterr().err.splitlines()
+    assert [line.split(": ", 1)[1] for line in reports if line.startswith("failed: ")][0].split(": ")[1].startswith("Unknown task 'cifr100'")
+    assert sum("its log" in line for line in reports) == 0 and len(reports) == 3
+    assert [start[0] for start in started()] == [good.id()]
+
+
 def test_bad_input_ends_its_run_in_a_sentence_and_the_others_go_on(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYRA_DATA", str(tmp_path))
     for name in ("truncated", "unlisted", "kitti"):
@@ -274,7 +286,7 @@ def test_bad_input_ends_its_run_in_a_sentence_and_the_others_go_on(task, tmp_pat
     configs = [small(name) for name in ("truncated", "unlisted", "kitti")] + [small(task)]
     *failed, good = train.run_grid(configs, 2, tmp_path / "runs", progress=False)
     assert failed == [None] * 3 and good.accuracy_last >= 0
-    reports = dict(re.findall(r"failed: (\w+?)-\S+: (.*); its log: ", capfd.readouterr().err))
+    reports = dict(re.findall(r"failed: (\w+?)-\S+: (.*)", capfd.readouterr().err))
     assert "a.png is not an image that can be read" in reports["truncated"]
     assert "unlisted has no val200.txt" in reports["unlisted"]
     assert "label 9 is outside 0..3" in reports["kitti"]

@@ -34,6 +34,9 @@ def test_draw_tree(tmp_path):
     files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*.png"))
     assert [sum(f.parts[0] == split for f in files) for split in ("train", "test")] == [40, 30]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    tasks.draw_tree(tmp_path / "c", train=30, test=30)
+    train, test = ({file.read_bytes() for file in (tmp_path / "c" / split).rglob("*.png")} for split in ("train", "test"))
+    assert len(train) == len(test) == 30 and not train & test
 
 
 def write_image(path, colour=(10, 20, 30), size=(9, 7)):

@@ -1063,6 +1063,9 @@ def test_recorded_finds_what_differs_in_nothing_else(finished, tmp_path):
     found = train.recorded(dataclasses.replace(pyra_run, s=4), ("method", "s"), tmp_path)
     assert sorted(r.config["method"] for r in found) == ["pyra", "tome"]
     assert train.recorded(dataclasses.replace(tome, lr=0.5), ("method", "s"), tmp_path) == []
+    (tmp_path / pathlib.Path(pyra_result.folder).name / "result.json").write_text("{")
+    with pytest.warns(UserWarning, match="result.json is damaged"):
+        assert [r.config["method"] for r in train.recorded(dataclasses.replace(pyra_run, s=4), ("method", "s"), tmp_path)] == ["tome"]
 
 
 def test_damaged_records_say_so(finished, tmp_path):
@@ -1086,10 +1089,16 @@ def test_check_parameters():
         ({"In": ["# Parameters\nrank = 4\n"]}, "there is no parameter 'rank'; there are task, s, lr, seeds"),
         ({"In": ["# Parameters\nsed = 4\n"]}, "there is no parameter 'sed'; did you mean seeds"),
         ({"s": "zero"}, "s must be of type int, not 'zero'"), ({"s": True}, "s must be of type int, not True"), ({"lr": "1e-3"}, "lr must be of type float"),
-        ({"seeds": "[0, 1]"}, "seeds must be of type list, not '\\[0, 1\\]'; papermill takes a list with -y"),
+        ({"seeds": []}, "seeds needs an entry"), ({"seeds": "[0, 1]"}, "seeds must be of type list, not '\\[0, 1\\]'; papermill takes a list with -y"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             train.check_parameters({**namespace, **changed})
+    train.check_parameters({**namespace, "seeds": []}, may_be_empty=["seeds"])
+
+
+def test_over_seeds():
+    three = train.over_seeds([80.0, 82.0, 84.0])
+    assert three == (82.0, 2.0, 3) and f"{three} {three:.2f}" == "82.0 ± 2.0 82.00 ± 2.00" and str(train.over_seeds([81.25])) == "81.2"
 
 
 def test_arguments_are_parsed_back():
@@ -1130,6 +1139,7 @@ def test_fit_schedule_meets_what_is_measured(machine, asked):
 
 
 @pytest.mark.parametrize("asked, sentence", [
+    (dict(speedup=2, tries=0), "tries must be at least 1 and tolerance greater"), (dict(speedup=2, batch_size=0), "batch_size and rounds must be at least 1"),
     (dict(), "one of speedup and images_per_second"), (dict(speedup=2, images_per_second=3), "one of speedup and"), (dict(speedup="fast"), "one of speedup"),
     (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"), (dict(speedup=50), "out of reach here"), (dict(images_per_second=99), "does 100 images/s without merging"),
 ], ids=str)
@@ -1265,6 +1275,8 @@ def test_unknown_option(capsys, argv):
     ("--weight_decay 1.", "weight_decay", 1.0),
     ("--seed=7", "seed", 7),
     ("--task 365", "task", "365"),  # a folder's name
+    ("--checkpoint", "checkpoint", True),
+    ("--compile True", "compile", True),
     ("--data_root /some/where", "data_root", "/some/where"),
 ])
 def test_parse(argv, field, value):
@@ -1353,6 +1365,14 @@ def test_benchmark_compiles(monkeypatch):
 def test_benchmark_refuses(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         train.benchmark({}, **changes)
+
+
+def test_a_benchmarked_model_can_be_trained():
+    """No tensor that was made in inference mode is left in it."""
+    model = pyra.add_lora(pyra.create_model("vit_nano_patch4_56", num_classes=3), 2)
+    train.benchmark({"model": model}, batch_size=1, dtype="bfloat16", device="cpu", seconds=0.01, rounds=1)
+    model.train()(torch.zeros(1, 3, 56, 56, dtype=torch.bfloat16)).sum().backward()
+    assert model.blocks[0].attn.qkv.lora_b.grad.any()
 
 
 def read_speeds(printed):
