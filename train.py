@@ -1311,9 +1311,10 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     """Runs what isn't recorded yet, each run in a process of its own, `workers` at a time. Returns the Results, None where a run failed.
 
     workers: by default one a CUDA device, or one on the CPU; they take the devices in turn and share the cores (or OMP_NUM_THREADS says).
-    What `check_run` refuses is not begun. A run that ends in a sentence would do so again; one that ends in any other way is tried twice more. What failed is said on stderr, with its
-    log, runs/logs/<id>.log, and the others go on. Several runners may share a folder: none starts what another is at. Where the runner ends, its
-    processes end (on Linux; elsewhere, after kill -9, they finish the run that they are at), and the same call goes on at their last epochs.
+    What `check_run` refuses is not begun. A run that ends in a sentence would do so again; one that ends in any other way is tried twice more.
+    What failed is said on stderr, with its log, runs/logs/<id>.log, and the others go on. Several runners may share a folder: none starts what
+    another is at. Where the runner ends, its processes end (on Linux; elsewhere, after kill -9, they finish the run that they are at), and the
+    same call goes on at their last epochs.
     """
     runs, gpus = runs_folder(runs), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or [str(i) for i in range(torch.cuda.device_count())]
