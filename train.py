@@ -473,6 +473,12 @@ def sample_indices(n, count=128):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
 
 
+def drawn_images(config, split, img_size, count=128):
+    """Normalised images of a split, drawn: (at most count, 3, h, w), on the CPU."""
+    images, _ = tasks.load_split(config.task, split, img_size, config.data_root)
+    return tasks.normalize(images[sample_indices(len(images), count)], config.norm)
+
+
 class Data(NamedTuple):
     n: int  # training images
     train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
@@ -577,11 +583,15 @@ def search_channels(config, num_classes, device):
     return baselines.search_pruning(model, pyra.count_macs(model) / target_macs(config, model), score, seed=config.seed)
 
 
-def counts_over(model, batches, dtype):
-    """Tokens before the first block and after each, (depth + 1, images), where they depend on the image."""
+@torch.inference_mode()
+def token_counts(model, config, batches):
+    """Tokens before the first block and after each, (depth + 1, images): of one image for all, or where they depend on it of all in batches, in eval mode."""
+    if config.method not in PER_IMAGE:
+        return torch.tensor(pyra.token_counts(model))[:, None]
+    model.eval()
     counts = []
     for x in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             counts.append(baselines.forward_counted(model, x)[1])
     return torch.cat(counts, dim=1)
 
@@ -609,13 +619,12 @@ def adjustable(model, config):
 @torch.no_grad()
 def meet_budget(apply, low, high, model, config, images):
     """The x of `adjustable` that leaves the operations that the merging schedule leaves, the mean over normalised images. By bisection; leaves the model near it."""
-    model.eval()
     target = target_macs(config, model)
     for _ in range(12):  # a threshold to 0.0005: MACs are steep in it
         x = (low + high) / 2
         apply(x)
-        counts = counts_over(model, images.split(64), DTYPES[config.dtype]) if config.method in PER_IMAGE else torch.tensor(pyra.token_counts(model))[:, None]
-        low, high = (x, high) if baselines.mean_macs(model, counts) < target else (low, x)
+        macs = baselines.mean_macs(model, token_counts(model, config, images.split(64)))
+        low, high = (x, high) if macs < target else (low, x)
     return x
 
 
@@ -638,8 +647,7 @@ def settle(model, config, images):
 def search_counts(config, num_classes, device):
     """Method ats, before training: how many tokens to sample in each block for the pre-trained model to meet its budget."""
     model = pretrained(config, num_classes).to(device)
-    images, _ = tasks.load_split(config.task, config.train_split, model.img_size, config.data_root)
-    images = tasks.normalize(images[sample_indices(len(images))].to(device), config.norm)
+    images = drawn_images(config, config.train_split, model.img_size).to(device)
     return scaled_counts(model, config, meet_budget(*adjustable(model, config), model, config, images))
 
 
@@ -668,14 +676,6 @@ def teacher_logits(config, runs, device, progress):
             logits, _ = over(model, teacher, config.train_split, model.img_size, device)
             pyra.write_atomically(file, lambda p: torch.save(logits.cpu(), p))
     return torch.load(file, map_location=device, weights_only=True)
-
-
-@torch.inference_mode()
-def token_counts(model, config, data, dtype):
-    """Tokens before the first block and after each, (depth + 1, images): of one image for all, or where they depend on it of all in eval_split."""
-    if config.method not in PER_IMAGE:
-        return torch.tensor(pyra.token_counts(model), dtype=torch.float64)[:, None]
-    return counts_over(model.eval(), (x for x, _ in data.test(0, 1)), dtype)
 
 
 def runs_folder(runs=None):
@@ -908,7 +908,7 @@ def sum_up(config, model, found, task, data, history, evaluated, folder):
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     device = model.pos_embed.device
-    counts = token_counts(model, config, data, DTYPES[config.dtype]).double()
+    counts = token_counts(model, config, (x for x, _ in data.test(0, 1))).double()
     means = counts.mean(dim=1).tolist()
     reduced = baselines.mean_macs(model, counts)
     macs = reduced + (0 if config.peft.startswith("fact") else baselines.peft_macs(model, means))
@@ -1102,8 +1102,7 @@ def images_to_time(config, count):
     config = config.resolved()
     with torch.device("meta"):
         img_size = create_backbone(config, 1).img_size
-    images, _ = tasks.load_split(config.task, "test", img_size, config.data_root)
-    return tasks.normalize(images[sample_indices(len(images), count)], config.norm)
+    return drawn_images(config, "test", img_size, count)
 
 
 class Fitted(NamedTuple):
@@ -1234,9 +1233,9 @@ def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, 
         for method in ("plain", "tome", "pyra"):
             config = Config(backbone=backbone, method=method, rate=rate, weights="none", dtype=dtype, device=str(device)).resolved()
             model = build_model(config, 100).to(device).train()
-            step = functools.partial(training_step, model, make_optimizer(model, config), torch.randn(batch_size, 3, model.img_size, model.img_size, device=device))
+            optimizer, images = make_optimizer(model, config), torch.randn(batch_size, 3, model.img_size, model.img_size, device=device)
+            step = functools.partial(training_step, model, optimizer, images)
             step()  # AdamW's state is made
-            _, optimizer, images = step.args
             state = [t for of_one in optimizer.state.values() for t in of_one.values() if torch.is_tensor(t)]
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images, *state))
             for name, checkpoint in ((method, False), (f"{method}, checkpoint", True)):
