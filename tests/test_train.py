@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -1107,153 +1108,7 @@ def test_arguments_are_parsed_back():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedules that meet a speed
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """A machine whose merged models run at 0.8 of what their operations promise, and a plain one at 100 images/s."""
-    timed = []
-
-    def benchmark(models, *args, **kwargs):
-        timed.append(list(models))
-        plain = pyra.count_macs(models["plain"])
-        relative = {name: (1 if name == "plain" else 0.8) * plain / pyra.count_macs(model) for name, model in models.items()}
-        return {name: train.Speed(100 * x, 100 * x, 100 * x, x, 1 / x, None) for name, x in relative.items()}
-    monkeypatch.setattr(train, "benchmark", benchmark)
-    return timed
-
-
-@pytest.mark.parametrize("asked", [dict(speedup=1.5), dict(speedup=2.5), dict(images_per_second=250.0)], ids=str)
-def test_fit_schedule_meets_what_is_measured(machine, asked):
-    model = pyra.add_pyra(pyra.add_lora(pyra.create_model("vit_nano_patch4_56", num_classes=3), 2), [16] * 11 + [10])
-    before = pyra.describe(model)
-    fitted = train.fit_schedule(model, **asked)
-    target = asked.get("speedup") or asked["images_per_second"] / 100
-    assert fitted.speedup == pytest.approx(target, rel=0.03) and fitted.miss == pytest.approx(fitted.speedup / target - 1)
-    assert fitted.mac_ratio == pytest.approx(target / 0.8, rel=0.03)
-    assert fitted.images_per_second == pytest.approx(100 * fitted.speedup)
-    assert pyra.count_macs(pyra.add_tome(pyra.create_model("vit_nano_patch4_56", num_classes=3), 0)) / fitted.mac_ratio == pytest.approx(
-        pyra.count_macs(pyra.add_tome(pyra.create_model("vit_nano_patch4_56", num_classes=3), fitted.schedule)))
-    assert pyra.describe(model) == before and len(machine) <= 5
-
-
-@pytest.mark.parametrize("asked, sentence", [
-    (dict(speedup=2, tries=0), "tries must be at least 1 and tolerance greater"), (dict(speedup=2, batch_size=0), "batch_size and rounds must be at least 1"),
-    (dict(), "one of speedup and images_per_second"), (dict(speedup=2, images_per_second=3), "one of speedup and"), (dict(speedup="fast"), "one of speedup"),
-    (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"), (dict(speedup=50), "out of reach here"), (dict(images_per_second=99), "does 100 images/s without merging"),
-], ids=str)
-def test_fit_schedule_refuses(machine, asked, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        train.fit_schedule(pyra.create_model("vit_nano_patch4_56"), **asked)
-
-
-@pytest.mark.parametrize("noise", [0.05, 0.5])
-def test_fit_schedule_amid_noise(noise, monkeypatch):
-    """However wild the measurements, a schedule comes back; where they scatter by 5 % it is nearly the right one."""
-    rng = np.random.default_rng(0)
-
-    def benchmark(models, batch_size, dtype, device, seconds, rounds=7):
-        ratio = pyra.count_macs(models["plain"]) / pyra.count_macs(models["merged"])
-        x = 0.9 * ratio * math.exp(noise * rng.normal() / math.sqrt(rounds / 5))
-        return {name: train.Speed(100 * y, 100 * y, 100 * y, y, 1 / y, None) for name, y in (("plain", 1.0), ("merged", x))}
-    monkeypatch.setattr(train, "benchmark", benchmark)
-    ratios = []
-    for _ in range(5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ratios.append(train.fit_schedule(pyra.create_model("vit_nano_patch4_56"), speedup=2.0).mac_ratio)
-    assert statistics.median(ratios) == pytest.approx(2 / 0.9, rel=0.05 if noise == 0.05 else 0.5)
-
-
-def test_fit_schedule_warns_where_no_schedule_is_fast_enough(machine):
-    with pytest.warns(UserWarning, match=r"no schedule came within 3% of 7.5, the closest misses it by -\d+.\d%; ratios of operations, and what they measured: \d.*") as warned:
-        fitted = train.fit_schedule(pyra.create_model("vit_nano_patch4_56"), speedup=7.5)  # the most merging saves 8.04 times the operations, and 0.8 of that is too little
-    assert len(warned) == 1
-    assert fitted.mac_ratio > 7.9 and fitted.speedup == pytest.approx(0.8 * fitted.mac_ratio) and fitted.miss == pytest.approx(fitted.speedup / 7.5 - 1)
-
-
-def test_rising_through():
-    points = {1.0: (1.0, 1), 2.0: (1.8, 5), 3.0: (2.6, 5)}
-    assert train.rising_through(points, 2.2) == pytest.approx(2.5)
-    assert train.rising_through(points, 5.2) == pytest.approx(6.0)  # beyond the last, in proportion
-    points = {1.0: (1.0, 1), 2.0: (2.4, 5), 2.2: (2.0, 15), 3.0: (2.6, 5)}  # the two in the middle fall: they count as one, (2.15, 2.1)
-    assert train.rising_through(points, 2.1) == pytest.approx(2.15)
-    assert train.rising_through(points, 2.35) == pytest.approx((2.15 + 3.0) / 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-def test_command_line_runs(task, tmp_path, monkeypatch):
-    argv = ["--task", task, "--weights", "none", "--method", "tome", "--rate", json.dumps([40] * 3 + [0] * 9), "--epochs", "1", "--batch_size", "8",
-            "--device", "cpu", "--dtype", "float32", "--eval_split", "val200", "--lora_rank", "1"]
-    runs = tmp_path / "runs"
-    done = python(HERE / "train.py", *argv, cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(runs)})
-    assert done.returncode == 0, done.stderr
-    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n", done.stdout)
-    config = train.parse(argv)
-    monkeypatch.setattr(train, "build_model", forbidden)  # the record that the other process made is found in this one
-    result = train.run(config, runs)
-    assert shown[1] == f"{result.accuracy_last:.4f}" and shown[2] == result.folder == str(runs / config.id())
-    assert result.token_counts == [197, 157, 117] + [77] * 10
-    assert result.config["rate"] == [40] * 3 + [0] * 9 and len(result.history) == 1
-
-
-def test_command_line_error_is_one_line(tmp_path):
-    done = python(HERE / "train.py", "--task", "sprites_locatoin", cwd=tmp_path, env={**os.environ, "PYRA_RUNS": str(tmp_path / "runs")})
-    assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"train\.py: Unknown task 'sprites_locatoin'[^\n]+\n", done.stderr)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("argv, sentence", [
-    (["--epochs", "many"], "epochs must be of type int, not 'many'"),
-    (["--task", "folder:/nowhere"], "folder:/nowhere: /nowhere is not a folder."),
-    (["--lr", "1e38", "--epochs", "3", "--batch_size", "64"], "loss was nan in epoch 1"),
-], ids=["ValueError", "FileNotFoundError", "FloatingPointError"])
-def test_main_leaves_with_a_sentence(task, tmp_path, monkeypatch, argv, sentence):
-    import runpy
-
-    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", "--weights=none", "--device=cpu", "--dtype=float32", *argv])
-    with pytest.raises(SystemExit) as left:  # whose text Python prints on stderr, and returns 1
-        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-    assert left.value.code.startswith("train.py: ") and sentence in left.value.code and "\n" not in left.value.code
-    assert not list(tmp_path.rglob("result.json"))
-
-
-def test_main_interrupted(task, tmp_path, monkeypatch):
-    import runpy
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
-    monkeypatch.setattr(tasks, "normalize", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", "--weights=none", "--device=cpu", "--dtype=float32"])
-    with pytest.raises(SystemExit, match="^train.py: interrupted; the same command goes on at the last epoch$"):
-        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-
-
-def test_help_names_every_field(capsys):
-    with pytest.raises(SystemExit) as left:
-        train.main(["--help"])
-    shown = capsys.readouterr().out
-    assert left.value.code == 0
-    for f in dataclasses.fields(train.Config):
-        assert re.search(rf"^ +--{f.name}\b", shown, re.MULTILINE), f.name
-        assert f.metadata["help"].split()[0] in shown
-        if f.default is not None:
-            assert f"(default: {f.default})" in " ".join(shown.split())
-
-
-@pytest.mark.parametrize("argv", [["--nope", "1"], ["--epoch", "3"], ["--epochs"], ["sprites_location"]])
-def test_unknown_option(capsys, argv):
-    with pytest.raises(SystemExit) as left:
-        train.parse(argv)
-    assert left.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, field, value", [
@@ -1291,116 +1146,40 @@ def test_parse_refuses(argv):
         train.parse(argv.split())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speed: that it is measured, not how high it is
+def test_a_full_disk_ends_in_a_sentence_and_leaves_the_epoch_before(task, tmp_path, monkeypatch):
+    config, save, limits = train.Config(task=task, **SMALL), torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(state, path):
+        if len(state["history"]) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing further fails, as on a full disk
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    try:
+        with pytest.raises(OSError, match=r"state\.pt can't be written \([^\n]+\): is the disk full\?$"):
+            train.run(config, tmp_path, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    folder = tmp_path / config.id()
+    assert len(torch.load(folder / "state.pt")["history"]) == 1 and not list(folder.glob("*.partial"))
+    assert_same_run(train.run(config, tmp_path, progress=False), train.run(config, tmp_path / "reference", progress=False))
 
 
-@pytest.mark.parametrize("dtype", train.DTYPES)
-def test_benchmark(dtype):
-    models = {name: pyra.create_model("vit_nano_patch4_56", num_classes=3) for name in ("plain", "tome", "pyra")}
-    pyra.add_tome(models["tome"], HIGH)
-    pyra.add_pyra(models["pyra"], HIGH)
-    speeds = train.benchmark(models, batch_size=2, dtype=dtype, device="cpu", seconds=0.01, rounds=1)
-    assert list(speeds) == ["plain", "tome", "pyra"] and speeds["plain"].speedup == 1
-    for speed in speeds.values():
-        assert 0 < speed.lowest == speed.images_per_second == speed.highest < math.inf
-        assert speed.latency == pytest.approx(1000 * 2 / speed.images_per_second)
-        assert speed.speedup == pytest.approx(speed.images_per_second / speeds["plain"].images_per_second)
-    peaks = {name: speed.peak_memory for name, speed in speeds.items()}
-    weights = sum(p.nbytes for p in models["plain"].parameters())
-    hidden = 2 * 197 * models["plain"].blocks[0].mlp.fc1.out_features * train.DTYPES[dtype].itemsize
-    assert peaks["tome"] <= peaks["plain"] and weights + hidden < peaks["plain"] < weights + 8 * hidden
-    assert peaks == {name: speed.peak_memory for name, speed in train.benchmark(models, 2, dtype, "cpu", 0.01, 1).items()}
+def test_average_is_the_papers():
+    """The mean of the groups' means, as the paper's tables that print both show."""
+    rows = [row for name in ("table7", "table9", "table10", "table11") for row in train.paper_table(name)]
+    assert len(rows) > 15
+    for row in rows:
+        assert (float(row["natural"]) + float(row["specialized"]) + float(row["structured"])) / 3 == pytest.approx(float(row["average"]), abs=0.06)
+    groups = {name: group for name, (group, *_) in tasks.VTAB.items()}
+    accuracies = {name: {"Natural": 0.2, "Specialized": 0.4, "Structured": 0.9}[group] for name, group in groups.items()} | {"dtd": 0.9}
+    means = train.group_means(accuracies, groups)
+    assert list(means) == ["Natural", "Specialized", "Structured", "Average"]
+    assert means == pytest.approx({"Natural": 0.3, "Specialized": 0.4, "Structured": 0.9, "Average": 1.6 / 3})
 
 
-def test_peak_memory():
-    def work():
-        a = torch.ones(1000, 1000)  # 4 MB
-        b = a + 1  # 4 more
-        del a
-        return b + b, torch.ones(1000)  # b and the sum
-    assert train.peak_memory(work, torch.device("cpu")) == 8_004_000
-    assert train.peak_memory(lambda: None, torch.device("cpu")) == 0
-    x = torch.ones(1000, requires_grad=True)
-    assert train.peak_memory(lambda: x.exp().sum().backward(), torch.device("cpu")) >= 8_000  # the exponentials, kept for the backward pass, and the gradient
-
-
-def test_benchmark_compares_within_rounds(monkeypatch):
-    """A machine that slows down by half from round to round changes every speed, and no speed-up."""
-    clock, slower = [0.0], [0]
-
-    class Takes(torch.nn.Module):
-        def __init__(self, seconds):
-            super().__init__()
-            self.seconds, self.img_size = seconds, 8
-
-        def forward(self, images):
-            slower[0] += 1
-            clock[0] += self.seconds * 2 ** ((slower[0] - 5) // 2)  # two models a round, after two batches each of warm-up
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    speeds = train.benchmark({"slow": Takes(0.3), "fast": Takes(0.1)}, batch_size=3, device="cpu", seconds=0.01, rounds=5)
-    assert speeds["fast"].speedup == pytest.approx(3) and speeds["slow"].speedup == 1
-    assert speeds["fast"].highest == pytest.approx(16 * speeds["fast"].lowest) and speeds["slow"].latency == pytest.approx(300 * 4)
-
-
-def test_benchmark_compiles(monkeypatch):
-    """Every model whole and by the mode asked for; more models than torch.compile keeps variants of one function."""
-    asked, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: asked.append(kwargs) or compile(model, backend="eager", fullgraph=True, dynamic=kwargs["dynamic"]))
-
-    class Power(torch.nn.Module):
-        def __init__(self, n):
-            super().__init__()
-            self.n, self.img_size = n, 4
-
-        def forward(self, images):
-            return images.mean(dim=(2, 3)) ** self.n
-    models = {n: Power(n) for n in range(9)}
-    speeds = train.benchmark(models, batch_size=1, device="cpu", seconds=0.01, rounds=1, compile="reduce-overhead")
-    assert len(speeds) == 9 and all(speed.images_per_second > 0 for speed in speeds.values())
-    assert asked == [dict(mode="reduce-overhead", fullgraph=True, dynamic=False)] * 9
-
-
-@pytest.mark.parametrize("changes, sentence", [(dict(dtype="float16"), "dtype must be one of float32, bfloat16, not .float16."), (dict(rounds=0), "batch_size and rounds must be at least 1"), (dict(compile="fast"), "compile must be one of None, default")])
-def test_benchmark_refuses(changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        train.benchmark({}, **changes)
-
-
-def test_a_benchmarked_model_can_be_trained():
-    """No tensor that was made in inference mode is left in it."""
-    model = pyra.add_lora(pyra.create_model("vit_nano_patch4_56", num_classes=3), 2)
-    train.benchmark({"model": model}, batch_size=1, dtype="bfloat16", device="cpu", seconds=0.01, rounds=1)
-    model.train()(torch.zeros(1, 3, 56, 56, dtype=torch.bfloat16)).sum().backward()
-    assert model.blocks[0].attn.qkv.lora_b.grad.any()
-
-
-def read_speeds(printed):
-    """The table that `train.py benchmark` prints: rows of dtype, model and numbers."""
-    head, *lines = printed.splitlines()
-    assert head.split()[:3] == ["dtype", "model", "images/s"]
-    return [[line[:9].strip(), line[10:27].strip(), *map(float, line[27:].split())] for line in lines]
-
-
-def test_benchmark_command(capsys):
-    train.main("benchmark --backbone vit_nano_patch4_56 --batch_size 1 --rate 2.5 --device cpu --seconds 0.01 --rounds 2".split())
-    rows = read_speeds(capsys.readouterr().out)
-    packs = [dtype for dtype in train.DTYPES if torch.backends.mkldnn.is_available() and (dtype == "float32" or train.has_fast_bfloat16("cpu"))]
-    names = ("plain", "tome", "pyra")
-    assert [row[:2] for row in rows if row[1] != "timm"] == [
-        [dtype, name] for dtype in train.DTYPES for name in (*names, *([f"{name}, packed" for name in names] if dtype in packs else []))]
-    for _, model, median, low, high, speedup, ratio, latency, peak in rows:
-        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and 2 < peak < 20
-        assert ratio == 1 if model in ("plain", "plain, packed", "timm") else 2 < ratio < 3
-
-
-def test_benchmark_command_for_training(capsys):
-    train.main("benchmark --training --backbone vit_nano_patch4_56 --batch_size 4 --device cpu --dtype float32 --seconds 0.01 --rounds 2".split())
-    rows = read_speeds(capsys.readouterr().out)
-    assert [row[1] for row in rows] == [name + how for name in ("plain", "tome", "pyra") for how in ("", ", checkpoint")]
-    peaks = {row[1]: row[-1] for row in rows}
-    assert peaks["pyra, checkpoint"] < peaks["pyra"] < 0.5 * peaks["plain"] and peaks["plain, checkpoint"] < 0.5 * peaks["plain"] and peaks["tome"] <= peaks["pyra"]
-    assert all(row[6] == 1 if "plain" in row[1] else row[6] > 3 for row in rows) and all(0 < row[3] <= row[2] <= row[4] for row in rows)
-    for changes, sentence in (("--compile default", "--training is measured without --compile"), ("--batch_size 0", "batch_size and rounds must be at least 1")):
-        with pytest.raises(ValueError, match=sentence):
-            train.main(f"benchmark --training --backbone vit_nano_patch4_56 --device cpu {changes}".split())
+def test_table_4():
+    assert train.MODULATION_LRS.keys() == train.BACKBONES.keys()
+    assert train.MODULATION_LRS["vit_large_patch16_224.mae"] == [1e-6, 3e-6, 1e-5, 3e-5]
+    assert train.MODULATION_LRS["deit_base_patch16_224"] == train.MODULATION_LRS["vit_base_patch16_224"] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
