@@ -1,0 +1,127 @@
+"""Budgets: the operations that a config's rate allows, and how methods that choose their own numbers of tokens are held to them.
+
+ToMe and PYRA merge by a schedule, so their operations are known beforehand. Every other method gets the same number. Those that
+decide image by image, or learn how many tokens to keep, are counted (`forward_counted`), trained towards the budget
+(`budget_loss`), and brought to it by one number after training (`calibrate`).
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+
+import pyra
+
+
+def schedule(config, model):
+    """Pairs that the config's rate merges in each block of the model: a list of ints. Raises ValueError."""
+    r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, len(model.blocks), model.num_patches)
+    return pyra.check_schedule(model, r)
+
+
+def target_macs(config, model):
+    """Multiply-accumulates of the unpruned model when merged at the config's rate: every other method is held to this number. Raises ValueError."""
+    return pyra.macs_of_counts(model, pyra.counts_of_schedule(model, schedule(config, model)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def alive_mask(size):
+    """(b, n, 1) float: 1 for a living token and 0 for a dead one, with the gradient of `size` (see reducers/shared.py)."""
+    number = size.detach()
+    return (number > 0).float() + (size - number) / torch.where(number > 0, number, 1)
+
+
+def learns_budget(model):
+    """Whether the model's reducers learn how many tokens to keep."""
+    return any(hasattr(block.reducer, "budget_weight") for block in model.blocks)
+
+
+def depends_on_image(model):
+    """Whether the number of tokens depends on the image: such a model has to be counted and timed on real ones."""
+    return any(getattr(block.reducer, "per_image", False) for block in model.blocks)
+
+
+def forward_counted(model, images):
+    """images (b, 3, img_size, img_size) -> logits (b, num_classes), counts (depth + 1, b) float32.
+
+    counts: the tokens alive before the first block and after each, special ones included. Where thresholds or rates are
+    trained they have a gradient: see `budget_loss`. For evaluation see `mean_macs`.
+    """
+    tokens = model.embed(images)
+    counts = [torch.full((len(images),), float(tokens.x.shape[1]), device=images.device)]
+    for block in model.blocks:
+        tokens = model.run_block(block, tokens)
+        if model.training and hasattr(block.reducer, "tokens_expected"):
+            counts.append(block.reducer.tokens_expected(counts[-1]))
+        else:
+            counts.append(alive_mask(pyra.with_sizes(tokens).size).sum(dim=(1, 2)))
+    return model.head(model.pool(pyra.with_sizes(tokens))), torch.stack(counts)
+
+
+@torch.inference_mode()
+def count_tokens(model, batches, dtype=torch.float32):
+    """Tokens before the first block and after each, (depth + 1, images), in evaluation.
+
+    Only where they depend on the image are batches of normalised images read; else there is one column that holds for all.
+    """
+    if not depends_on_image(model):
+        return torch.tensor(pyra.token_counts(model))[:, None]
+    model.eval()
+    counts = []
+    for x in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            counts.append(forward_counted(model, x)[1])
+    return torch.cat(counts, dim=1)
+
+
+def mean_macs(model, counts):
+    """Multiply-accumulates of a forward pass, as in pyra.count_macs: the mean over the images of counts (depth + 1, images)."""
+    counts = counts.double()
+    macs = pyra.macs_of_counts(model, counts)
+    for block, n, m in zip(model.blocks, counts, counts[1:]):
+        if hasattr(block.reducer, "macs_saved"):
+            macs = macs - block.reducer.macs_saved(n, m, block)
+    return macs.mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meeting a budget
+
+
+def budget_loss(model, counts, macs):
+    """What to add to the loss so that the model costs `macs`: weight ((MACs of counts - macs) / MACs of all blocks, plain)^2.
+
+    counts: (depth + 1, b) of `forward_counted`; the mean over the batch counts. weight: the reducers' budget_weight.
+    Raises ValueError.
+    """
+    if not learns_budget(model):
+        raise ValueError("no reducer of the model learns how many tokens to keep: there is no budget to train")
+    weight = next(block.reducer.budget_weight for block in model.blocks if hasattr(block.reducer, "budget_weight"))
+    n, depth = model.num_patches + model.specials, len(model.blocks)
+    plain = pyra.macs_of_counts(model, [n] * (depth + 1)) - pyra.macs_of_counts(model, [0] * (depth + 1))
+    return weight * ((pyra.macs_of_counts(model, counts.mean(dim=1)) - macs) / plain) ** 2
+
+
+class Dial(NamedTuple):
+    """One number for all blocks by which a method is brought to its budget."""
+
+    apply: Callable  # (x) -> the plan that this x makes (JSON), or None; sets the model to it. The operations increase with x
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def calibrate(dial, model, config, images, dtype=torch.float32, broadcast=lambda x: x):
+    """Turns the dial until the model costs the mean operations, over normalised images, that merging would leave it. Returns the plan.
+
+    broadcast: gives every process the first one's x: sums in another order may tip a bisection.
+    """
+    target, low, high = target_macs(config, model), dial.low, dial.high
+    for _ in range(12):  # a threshold to 0.0005: operations are steep in it
+        x = (low + high) / 2
+        dial.apply(x)
+        macs = mean_macs(model, count_tokens(model, images.split(64), dtype))
+        low, high = (x, high) if macs < target else (low, x)
+    return dial.apply(broadcast(x))

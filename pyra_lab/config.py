@@ -1,0 +1,247 @@
+"""Config: all that a run depends on, as a dataclass, a command line and an id."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import pyra
+from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED
+from pyra_lab.images import NORMS
+from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
+from pyra_lab.layouts import SPLITS
+from pyra_lab.vtab import ALIASES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUGMENTS = ("none", "mae")
+
+
+def option(default, help, choices=None):
+    """A field. choices: the values that it may have, a table whose rows may have a help text of their own."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on. None means: as the paper's Tables 2-4 say for the backbone, or as the device allows."""
+
+    # what
+    task: str = option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, stream:/path/to/imagenet, sprites_... or digits")
+    backbone: str = option("vit_nano_patch4_56", "timm's name; with .mae: average pooling", BACKBONES)
+    weights: str | None = option(None, "a file or a timm name on the Hugging Face hub; 'none': random")
+    method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
+    rate: str | float | list = option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry per block")
+    s: int = option(1, "rank of PYRA's generators")
+    peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
+    lora_rank: int | None = option(None, "LoRA's h")
+    peft_dim: int | None = option(None, "the bottleneck of adapter and convpass, by default LoRA's h; FacT's rank, by default its paper's for the task")
+    peft_scale: float | None = option(None, "scale of convpass and FacT; by default their papers' for the task")
+    teacher: str | None = option(None, "PE-Dist: a larger backbone, first adapted to the task with LoRA, whose logits are learned too", BACKBONES)
+    teacher_weights: str | None = option(None, "the teacher's weights, as `weights`")
+    # how
+    epochs: int = option(100, "epochs")
+    second_epochs: int | None = option(None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
+    warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
+    batch_size: int | None = option(None, "images per step, over all devices")
+    micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")
+    lr: float = option(1e-3, "learning rate of PEFT and head")
+    layer_decay: float = option(0.65, "with peft full: the learning rate's factor from each block to the one below")
+    modulation_lr: float | None = option(None, "learning rate of w_r and w_d; by default 1e-4, or 1e-5 for MAE's backbones; Table 4 tunes it per task")
+    weight_decay: float = option(1e-4, "AdamW's weight decay")
+    drop_path: float = option(0.1, "stochastic depth of the last block, rising linearly from 0")
+    dropout: float = option(0.1, "on LoRA's input, or inside another PEFT")
+    augment: str = option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)", AUGMENTS)
+    norm: str | None = option(None, "normalisation: imagenet, half (0.5) or none", NORMS)
+    seed: int = option(0, "seed of initialisation, order and dropout")
+    # on what
+    train_split: str = option("train800val200", "images to train on; train800 when selecting on val200", SPLITS)
+    eval_split: str = option("test", "images to evaluate on; val200 for any kind of selection", SPLITS)
+    eval_every: int = option(0, "epochs between evaluations; 0: only after the last")
+    data_root: str | None = option(None, "folder of the tasks; by default PYRA_DATA or data/")
+    device: str | None = option(None, "cpu, cuda, cuda:1 ...")
+    dtype: str | None = option(None, "bfloat16 (the frozen weights too) or float32", DTYPES)
+    compile: bool = option(False, "torch.compile the forward pass of training")
+    checkpoint: bool = option(False, "compute each block again in the backward pass: less memory, a third more time")
+    workers: int = option(8, "processes per device that read the images of a stream: task")
+
+    def __post_init__(self):
+        check_types(self)
+        check_ranges(self)
+        check_combinations(self)
+
+    def resolved(self):
+        """The same config with each None replaced by what it stands for, and each field that does not matter to its method and PEFT by the default.
+
+        So a plain run is found again whatever the rate, and a ToMe run whatever s and modulation_lr.
+        """
+        known, peft = BACKBONES[self.backbone], PEFTS[self.peft]
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        task = ALIASES.get(self.task, self.task)
+        defaults = dict(
+            weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
+            warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
+            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS[self.backbone] else 1e-5,
+            teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
+        )
+        if peft.defaults is not None:
+            defaults |= peft.defaults(task)
+        values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        unused = OPTIONAL - METHODS[self.method].uses - peft.uses
+        values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
+        values["task"] = task
+        # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
+        kind, _, path = self.task.partition(":")
+        if kind in ("folder", "stream"):
+            values["task"] = f"{kind}:{Path(path).expanduser().resolve()}"
+        for name in ("weights", "teacher_weights"):
+            file = getattr(self, name)
+            if file and file != SHIPPED and Path(file).is_file():
+                values[name] = str(Path(file).resolve())
+        root = self.data_root or os.environ.get("PYRA_DATA")
+        if root:
+            values["data_root"] = str(Path(root).expanduser().resolve())
+        return dataclasses.replace(self, **values)
+
+    def id(self):
+        """A name for the run: what it is, and a hash of all fields that it depends on and that differ from the default."""
+        config = self.resolved()
+        fields = changed(config)
+        fields["device"] = fields["device"].split(":")[0]  # which of several GPUs doesn't matter
+        fields.pop("workers", None)
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+        task = re.sub(r"\W+", "_", config.task).strip("_")[-40:]
+        return f"{task}-{config.backbone}-{config.method}-seed{config.seed}-{digest}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a Config refuses, each in a sentence
+
+
+def check_types(config):
+    for f in dataclasses.fields(config):
+        value, kinds = getattr(config, f.name), f.type
+        if type(value) is int and isinstance(0.0, kinds):
+            object.__setattr__(config, f.name, float(value))
+        elif not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
+            expected = getattr(kinds, "__name__", str(kinds)).replace("NoneType", "None")
+            raise ValueError(f"{f.name} must be of type {expected}, not {value!r}")
+        choices = f.metadata["choices"]
+        if choices is not None and value not in (*choices, *([None] if f.default is None else [])):
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+LEAST = dict(epochs=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, peft_dim=1, eval_every=0, workers=0)
+FINITE = ("lr", "modulation_lr", "weight_decay")
+
+
+def check_ranges(config):
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
+    for name, least in LEAST.items():
+        if given.get(name, least) < least:
+            raise ValueError(f"{name} must be at least {least}, not {given[name]}")
+    for name in FINITE:
+        if not 0 <= given.get(name, 0) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}")
+    for name in ("drop_path", "dropout"):
+        if not 0 <= given[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, not {given[name]}")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"seed must be at least 0 and less than 2^31, not {config.seed}")
+    if not 0 < given.get("peft_scale", 1) < math.inf:
+        raise ValueError(f"peft_scale must be a finite number greater than 0, not {config.peft_scale}")
+    if not 0 < config.layer_decay <= 1:
+        raise ValueError(f"layer_decay must be greater than 0 and at most 1, not {config.layer_decay}")
+    if config.warmup is not None and config.warmup >= config.epochs:
+        raise ValueError(f"warmup ({config.warmup}) must be less than epochs ({config.epochs})")
+    if not isinstance(config.rate, list):
+        pyra.merge_schedule(config.rate)
+    check_device_name(config.device)  # whether it is here is checked where it is used: a grid for a cluster's GPUs is made where there are none
+
+
+def check_combinations(config):
+    method, peft, streamed = METHODS[config.method], PEFTS[config.peft], config.task.startswith("stream:")
+    if config.second_epochs is not None and (not method.second_stage or peft.trains_backbone):
+        supported = ", ".join(name for name, row in METHODS.items() if row.second_stage)
+        raise ValueError(f"two-stage training (second_epochs) supports {supported} with a PEFT, not method {config.method} with peft {config.peft}")
+    if method.prunes and peft.trains_backbone:
+        raise ValueError(f"method {config.method} prunes a frozen backbone, and peft {config.peft} would train it")
+    if streamed and (method.in_memory or config.teacher):
+        raise ValueError(f"{'a teacher' if config.teacher else f'method {config.method}'} needs the images in memory, and {config.task} is read from its files")
+    if config.teacher_weights and not config.teacher:
+        raise ValueError("teacher_weights were given, but no teacher")
+    if config.augment != "none" and not streamed:
+        raise ValueError(f"augment {config.augment} is for stream:/path tasks, whose files are read again in each epoch, not for {config.task}")
+
+
+def check_device_name(device):
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {device!r}")
+
+
+def check_device(device):
+    """Raises ValueError unless device is None or one of this machine."""
+    check_device_name(device)
+    if (device or "").startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device} was requested, but PyTorch finds no CUDA device here")
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {device} was requested, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+
+
+def has_fast_bfloat16(device):
+    """Whether matrix products in bf16 are faster there than in fp32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line <-> Config
+
+
+def read_value(text, kinds):
+    """A command line's text as a value of a field's type; any other text stays text, which Config refuses."""
+    for read in (int, float, json.loads, {"True": True, "False": False, "None": None}.__getitem__):
+        try:
+            value = read(text)
+        except (ValueError, KeyError):
+            continue
+        if isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool):
+            return value
+    return text
+
+
+def help_of(f):
+    """A field's help: its meaning, its choices with theirs, its default."""
+    rows = f.metadata["choices"]
+    choices = "; ".join(f"{name}: {row.help}" if hasattr(row, "help") else name for name, row in rows.items()) if isinstance(rows, dict) else ""
+    default = "the paper's for the backbone, or the device's" if f.default is None else f.default
+    return f"{f.metadata['help']}{f'. {choices}' if choices else ''} (default: {default})".replace("%", "%%")
+
+
+def parse(argv, prog="pyra_lab run"):
+    """Command line -> Config; a list is written as JSON, [16,16,...]."""
+    parser = argparse.ArgumentParser(prog=prog, description="One run: trains and evaluates a config, or finds the record of it.", allow_abbrev=False)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        flag = dict(nargs="?", const="True") if f.type is bool else {}  # --checkpoint is --checkpoint True
+        parser.add_argument(f"--{f.name}", metavar="", **flag, help=help_of(f))
+    given = vars(parser.parse_args(argv))
+    return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
+
+
+def changed(config):
+    """The fields that differ from their default, as {name: value}."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
+def arguments(config):
+    """Config -> command line, such that parse(arguments(config)) == config."""
+    return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in changed(config).items()]

@@ -1,0 +1,47 @@
+"""Files: where they are, how they are written whole, and how processes take turns at them."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from pyra import first_line, write_atomically  # noqa: F401 (their home is pyra.py, which imports nothing of ours)
+
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "data" / "paper").is_dir() else None
+DATA = CHECKOUT / "data" if CHECKOUT else PACKAGE / "data"  # the shipped backbone and the paper's tables
+
+
+def home():
+    """Where runs/ and data/ are by default: the checkout, or the current folder where pyra_lab is installed without one."""
+    return CHECKOUT or Path.cwd()
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lock(file, wait=True):
+    """Locks an open file. Returns True; None where another process holds the lock and wait is False; False where the system has no locks."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return None
+    except (ImportError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def file_lock(path):
+    """Waits for the lock of a path and holds it: yields True, or False at once where there are no locks (Windows, some network file systems).
+
+    path: a folder, or a file that is created where there is none. The kernel releases the lock when its holder ends, however it
+    ends. The empty file stays: removing it would let two processes in at once.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield lock(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""The methods and the PEFTs, one row each; and the model that a config describes.
+
+A row may be added at run time, for example in a notebook, and then works in Config, run, run_grid and results:
+
+    METHODS["half"] = Method("Half", "merges half as many pairs", lambda model, config, plan: pyra.add_tome(model, [r // 2 for r in schedule(config, model)]))
+"""
+
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+
+import pyra
+from pyra_lab import pruning
+from pyra_lab.backbones import load_backbone
+from pyra_lab.budget import schedule
+from pyra_lab.pefts import adapter, convpass, fact, snf
+from pyra_lab.reducers import ats, diffrate, evit, ltmp, tofu
+
+RATE = frozenset({"rate"})
+
+
+class Method(NamedTuple):
+    """How a model gets cheaper to run. What a reducer brings on its own modules: `pyra.Block`."""
+
+    title: str  # in tables, legends and figures
+    help: str
+    add: Callable  # (model, config, plan) -> model
+    uses: frozenset = RATE  # the optional fields of Config that matter to it; all others fall back to their defaults before the id is made
+    plan: Callable | None = None  # (config, Bench) -> what is chosen before training, as JSON
+    dial: Callable | None = None  # (model, config) -> budget.Dial, by which the trained model is brought to its budget
+    second_stage: bool = False  # can be added to a model that is adapted already
+    prunes: bool = False  # changes the backbone itself, before the PEFT is added
+    in_memory: bool = False  # its plan reads whole splits
+
+
+class Bench(NamedTuple):
+    """What a plan may use: the run's data and device, and models as the run would build them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_classes: int
+    steps: int  # per epoch
+    sample: Callable  # () -> some normalised images to train on, as when evaluating, on the device
+    apply: Callable  # (function, split) -> function(images) for all images of a split, float32, and their labels, on the device
+    backbone: Callable  # () -> the pre-trained backbone, on the CPU
+    adapted: Callable  # () -> the same with the PEFT
+    train: Callable  # (model, epochs) trains as the run would, and resumes where it was interrupted
+
+
+class Peft(NamedTuple):
+    """What is trained besides the reducer and the head."""
+
+    title: str
+    help: str
+    add: Callable  # (model, config) -> model
+    uses: frozenset = frozenset({"peft_dim", "dropout"})  # as in Method
+    fold: Callable | None = None  # (model) -> model, where the PEFT can be folded into the weights; does nothing to any other model
+    defaults: Callable | None = None  # (task) -> the published settings of the task, as fields of Config
+    trains_backbone: bool = False  # then with layer-wise rates and MAE's schedule
+
+
+def add_merging(model, config, plan):
+    return pyra.add_tome(model, schedule(config, model))
+
+
+def add_modulation(model, config, plan):
+    return pyra.add_pyra(model, schedule(config, model), config.s)
+
+
+METHODS = {
+    "plain": Method("plain", "no reduction: the PEFT alone", lambda model, config, plan: model, frozenset()),
+    "tome": Method("ToMe", "merges similar tokens", add_merging, second_stage=True),
+    "pyra": Method("PYRA", "merges similar tokens with modulation", add_modulation, RATE | {"s", "modulation_lr"}, second_stage=True),
+    "evit": Method("EViT", "keeps what the class token attends to", evit.add, second_stage=True),
+    "tofu": Method("ToFu", "prunes early, merges late", lambda model, config, plan: tofu.add_tofu(model, schedule(config, model)), second_stage=True),
+    "ats": Method("ATS", "samples tokens, image by image", lambda model, config, plan: ats.add_ats(model, plan), plan=ats.plan, dial=ats.dial),
+    "ltmp": Method("LTMP", "learns thresholds to merge and prune by, image by image", lambda model, config, plan: ltmp.add_ltmp(model), dial=ltmp.dial),
+    "diffrate": Method("DiffRate", "learns how many tokens each block prunes and merges", diffrate.add, plan=diffrate.plan),
+    "rap": Method("RaP", "prunes channels, chosen on val200", lambda model, config, plan: pruning.prune_channels(model, plan), plan=pruning.plan, prunes=True, in_memory=True),
+}
+
+
+def add_fact(form, model, config):
+    return fact.add_fact(model, form, config.peft_dim, config.peft_scale, config.dropout)
+
+
+def train_all(model, config):
+    """MAE's fine-tuning: the whole backbone, with a small head to start from."""
+    torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith("head_dist."))  # the class head alone is trained and evaluated
+    return model
+
+
+BOTTLENECK = frozenset({"peft_dim", "peft_scale", "dropout"})
+PEFTS = {
+    "lora": Peft("LoRA", "low-rank update of qkv", lambda model, config: pyra.add_lora(model, config.lora_rank, config.dropout), frozenset({"lora_rank", "dropout"}), fold=pyra.merge_lora),
+    "adapter": Peft("Adapter", "bottleneck after the MLP", lambda model, config: adapter.add_adapter(model, config.peft_dim, config.dropout)),
+    "convpass": Peft("Convpass", "convolutional bypasses", convpass.add, BOTTLENECK, defaults=convpass.defaults),
+    "fact_tt": Peft("FacT-TT", "shared low-rank factors, tensor train", partial(add_fact, "tt"), BOTTLENECK, fold=fact.fold_fact, defaults=partial(fact.defaults, "tt")),
+    "fact_tk": Peft("FacT-TK", "shared low-rank factors, Tucker", partial(add_fact, "tk"), BOTTLENECK, fold=fact.fold_fact, defaults=partial(fact.defaults, "tk")),
+    "snf": Peft("SNF", "flows on the shortcuts", lambda model, config: snf.add_snf(model), frozenset()),
+    "full": Peft("full", "the whole backbone, as MAE fine-tunes it", train_all, frozenset({"layer_decay"}), trains_backbone=True),
+}
+BUILT_IN = {"METHODS": dict(METHODS), "PEFTS": dict(PEFTS)}
+# A method's or a PEFT's own fields: all the others matter to every run.
+OPTIONAL = frozenset().union(*(row.uses for table in BUILT_IN.values() for row in table.values()))
+
+
+def call_add(row, model, *arguments):
+    model = row.add(model, *arguments)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"add of {row.title} must return the model, not {model!r}")
+    return model
+
+
+def adapt(model, config):
+    """The backbone with the config's PEFT."""
+    return call_add(PEFTS[config.peft], model, config)
+
+
+def build_model(config, num_classes, plan=None):
+    """The pre-trained backbone with all that the config adds, on the CPU in float32, initialised by the config's seed.
+
+    plan: of a finished run, where its method makes one: Result.plan.
+    """
+    config = config.resolved()
+    method, model = METHODS[config.method], load_backbone(config, num_classes)
+    if method.prunes:
+        return adapt(call_add(method, model, config, plan), config)
+    return call_add(method, adapt(model, config), config, plan)
+
+
+def fold(model):
+    """Folds the PEFT into the weights, where it can be: the same logits for less work. Returns the model."""
+    for row in PEFTS.values():
+        if row.fold is not None:
+            model = row.fold(model)
+    return model
+
+
+def count_trained(model):
+    """Trained parameters by part: peft, reducer, head, backbone."""
+    counts = {"peft": 0, "reducer": 0, "head": 0, "backbone": 0}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            part = "backbone" if not pyra.is_adapter(name) else "reducer" if ".reducer." in name else "peft" if "lora_" in name or "peft_" in name else "head"
+            counts[part] += p.numel()
+    return counts

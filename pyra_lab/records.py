@@ -1,0 +1,146 @@
+"""Records: what a run found out, how it is found again, and numbers over several runs."""
+
+import csv
+import dataclasses
+import json
+import os
+import statistics
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pyra_lab import files
+from pyra_lab.config import Config
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found out; result.json holds the same."""
+
+    config: dict  # every field, with what each None stood for
+    folder: str  # of the run's files
+    accuracy_last: float  # on eval_split after the last epoch, in [0, 1]
+    accuracy_best: float  # best over all evaluations (optimistic on the test split); equals accuracy_last for methods calibrated after training
+    best_epoch: int  # counted from 0; -1: before any training
+    history: list  # one dict per epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
+    num_classes: int
+    classes: list  # names by label; empty where the task has none
+    macs: int  # of one image, with the PEFT folded in where it can be; averaged over eval_split where it depends on the image (ats, ltmp)
+    token_counts: list  # tokens before the first block and after each; averaged likewise
+    trained: dict  # trained parameters: peft, reducer, head, backbone
+    backbone_parameters: int  # without head
+    seconds_per_epoch: float = 0.0  # median, training only; 0 without any
+    peak_memory: int | None = None  # bytes on a CUDA device
+    versions: dict = field(default_factory=dict)
+    plan: list | None = None  # what the method chose before training: rap's (heads, units), ats's counts, diffrate's (prune, merge), one per block
+    metrics: dict = field(default_factory=dict)  # after the last epoch, see evaluation.METRICS: accuracy, accuracy_per_class
+
+
+def runs_folder(runs=None):
+    """The folder of all runs: the one given, or PYRA_RUNS, or runs/ in the checkout (in the current folder where pyra_lab is installed)."""
+    return Path(runs or os.environ.get("PYRA_RUNS") or files.home() / "runs").expanduser().resolve()
+
+
+def read_result(folder):
+    """The Result recorded in a run's folder, or None. An older or newer version's record is read too. Raises ValueError where it is damaged."""
+    file = Path(folder) / "result.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        record = {"plan": record.get("found"), "metrics": {"accuracy": record["accuracy_last"]}, **record, "folder": str(folder)}
+        known = {f.name for f in dataclasses.fields(Result)}
+        return Result(**{name: value for name, value in record.items() if name in known})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to resume the run from its last epoch") from error
+
+
+def read_results(runs=None):
+    """All recorded Results, by folder. Damaged records are left out with a warning."""
+    for file in sorted(runs_folder(runs).glob("*/result.json")):
+        try:
+            yield read_result(file.parent)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=3)
+
+
+def complete(config):
+    """The fields of a recorded config; those that an older version lacks have their default."""
+    return {**{f.name: f.default for f in dataclasses.fields(Config)}, **config}
+
+
+def recorded(config, vary, runs=None):
+    """All recorded Results whose configs equal `config` in every field but those named in `vary`, such as ("s", "seed")."""
+    matching = []
+    for result in read_results(runs):
+        theirs = complete(result.config)
+        try:
+            like = dataclasses.replace(config, **{name: theirs[name] for name in vary}).resolved()
+        except ValueError:  # what varies there, such as the method, does not go with this config
+            continue
+        if all(theirs[k] == v for k, v in dataclasses.asdict(like).items() if k not in ("device", "workers")):
+            matching.append(result)
+    return matching
+
+
+def results(runs=None):
+    """Every record as a flat dict, so that pandas.DataFrame(results()) is a table with one row per run.
+
+    Keys: id, all fields of the config, the metrics after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft
+    (_reducer, _head, _backbone), backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those
+    after the last block. Schedules and accuracy_per_class are lists.
+    """
+    rows = []
+    for result in read_results(runs):
+        rows.append({
+            "id": Path(result.folder).name, **complete(result.config), **result.metrics, "accuracy_best": result.accuracy_best, "best_epoch": result.best_epoch,
+            "loss": result.history[-1]["loss"] if result.history else None, "macs": result.macs, "tokens": result.token_counts[-1],
+            **{f"trained_{part}": count for part, count in result.trained.items()}, "backbone_parameters": result.backbone_parameters,
+            "seconds_per_epoch": result.seconds_per_epoch, "peak_memory": result.peak_memory, "num_classes": result.num_classes,
+            "torch": result.versions.get("torch"), "folder": result.folder,
+        })
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Over seeds and tasks
+
+
+class OverSeeds(NamedTuple):
+    """As text "87.2 ± 1.4", or as a format such as .2f has the numbers; of a single run "87.2"."""
+
+    mean: float
+    std: float
+    n: int
+
+    def __format__(self, spec):
+        return f"{self.mean:{spec or '.1f'}}" + (f" ± {self.std:{spec or '.1f'}}" if self.n > 1 else "")
+
+    def __str__(self):
+        return f"{self}"
+
+
+def over_seeds(values):
+    """Mean and standard deviation of several runs' numbers; the deviation of a single one is 0."""
+    return OverSeeds(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def accuracy_over_seeds(results):
+    """Last-epoch accuracies in %, as over_seeds gives them."""
+    return over_seeds([100 * result.accuracy_last for result in results])
+
+
+def group_means(accuracies, groups):
+    """{task: accuracy}, {task: its group} -> {group: the mean of its tasks, ..., "Average": the mean of the group means}.
+
+    As in the paper, Average is the mean of the three group means, not of the 19 tasks.
+    """
+    means = {group: statistics.mean(a for name, a in accuracies.items() if groups[name] == group) for group in dict.fromkeys(groups[name] for name in accuracies)}
+    return {**means, "Average": statistics.mean(means.values())}
+
+
+def paper_table(name):
+    """Rows of a table of the paper's supplement, data/paper/<name>.csv, as {column: text}."""
+    with open(files.DATA / "paper" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,66 @@
+"""What several reducers share: moving and dropping tokens, attention as a score, and training which tokens die.
+
+What a reducer is and which attributes it may have: `pyra.Block`.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+
+import pyra
+
+
+def check_class_token(model, name):
+    if model.global_pool != "token":
+        raise ValueError(f"{name} ranks patches by the class token's attention, and a model with global_pool={model.global_pool!r} does not classify that token")
+
+
+def remap_source(source, new_index):
+    """source after the tokens moved. new_index (b, n) int64: the new place of each token; -1: it is gone, with the patches that it held."""
+    return torch.where(source < 0, -1, new_index.gather(1, source.clamp(min=0)))
+
+
+def gather_tokens(tokens, order):
+    """The tokens at order (b, m), in that order. The patches of all others are gone, and those of dead tokens."""
+    x, size, source = tokens
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    if size is not None:
+        size = pyra.take(size, order)
+        place = torch.where(size[..., 0] > 0, place, -1)
+    new_index = order.new_full(x.shape[:2], -1).scatter(1, order, place)
+    return pyra.Tokens(pyra.take(x, order), size, remap_source(source, new_index))
+
+
+def attention_rows(qkv, size=None, queries=None):
+    """The attention that a block's q, k, v and sizes give, of the first `queries` tokens or of all: (b, h, queries, n) float32."""
+    with torch.autocast(qkv.q.device.type, enabled=False):  # in bf16 many ranks would be equal
+        scores = (qkv.q[:, :, :queries].float() * qkv.q.shape[-1] ** -0.5) @ qkv.k.float().mT
+        if size is not None:
+            scores = scores + rearrange(size.log(), "b n 1 -> b 1 1 n")
+        return scores.softmax(dim=-1)
+
+
+# While a reducer learns which tokens die, none is removed. A dead token's size becomes 0 in value only: straight through the
+# size, the gradient reaches the threshold or the rate that killed it. `budget.alive_mask` reads that gradient.
+
+
+def size_with_gradient(number, alive):
+    """The size (b, n, 1) of tokens that stand for `number` tokens (no gradient) where `alive` is 1, else 0; with the gradient of `alive`."""
+    return torch.where(alive.detach() > 0, number, 1) * alive
+
+
+def straight_through(hard, soft):
+    """The value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach())
+
+
+def attend_with_gradient(qkv, size=None):
+    """pyra.attend with the size as a factor, e^score size, instead of log size: dead keys, whose log is infinite, get a gradient too."""
+    if size is None or not size.requires_grad:
+        return pyra.attend(qkv, size)
+    size = rearrange(size, "b n 1 -> b 1 1 n")
+    scores = ((qkv.q * qkv.q.shape[-1] ** -0.5) @ qkv.k.mT).float()
+    top = scores.detach().masked_fill(size == 0, -math.inf).amax(dim=-1, keepdim=True)  # a dead key's score could leave the living 0 / 0
+    weight = (scores - top).clamp(max=20).exp() * size
+    return (weight / weight.sum(dim=-1, keepdim=True)).to(qkv.v.dtype) @ qkv.v

@@ -1,0 +1,436 @@
+"""One run: a Config -> a model -> training -> evaluation -> a record that is found again.
+
+A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (one line per epoch), state.pt (to resume from),
+adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there is a teacher, and finally
+result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (a GPU adds
+merged tokens up in no fixed order). The id knows the config, not the files behind it nor this code: after changing images,
+weights or code, delete the folder.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import pyra
+from pyra_lab import backbones, batches, budget, files, methods, processes, tasks
+from pyra_lab.config import DTYPES, Config, check_device
+from pyra_lab.distillation import distillation_loss
+from pyra_lab.evaluation import evaluate
+from pyra_lab.methods import METHODS, PEFTS, build_model
+from pyra_lab.pefts.shared import peft_macs
+from pyra_lab.processes import ALONE
+from pyra_lab.records import Result, read_result, runs_folder
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that a run starts from: runs of their own, which several may share
+
+
+def first_stage(config):
+    """Of a config with two stages: its PEFT without merging."""
+    return dataclasses.replace(config, method="plain", second_epochs=None)
+
+
+def teacher_run(config):
+    """Of a config with a teacher: the larger backbone, adapted with LoRA."""
+    student = config.resolved()  # the teacher shares the student's normalisation and so on; its device and dtype are those of the machine that trains it
+    return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
+                               teacher_weights=None, method="plain", second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
+
+
+def prerequisites(config):
+    """The runs that a config's run starts from."""
+    return ([first_stage(config)] if config.second_epochs is not None else []) + ([teacher_run(config)] if config.teacher else [])
+
+
+def start_from(model, result):
+    """Gives the model the PEFT and head that a run without merging has trained: the second of two stages."""
+    trained = safetensors.torch.load_file(Path(result.folder) / "adapter.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and ".reducer." not in name:
+                p.copy_(trained[name])
+
+
+def teacher_logits(config, source, runs, device, progress):
+    """PE-Dist: the logits of the larger backbone, LoRA-adapted to the task by a run of its own, for the images to train on: (n, classes)."""
+    teacher = teacher_run(config).resolved()
+    result = run_source(teacher, source, runs, progress)
+    file = Path(result.folder) / f"logits-{config.train_split}.pt"  # no augmentation: they are the same in every epoch, and for every student
+    with files.file_lock(Path(result.folder)):
+        if not file.is_file():
+            model = methods.fold(load_run(result)).to(device)
+            logits, _ = batches.predict_split(model, source.load, config.train_split, model.img_size, teacher.norm, DTYPES[teacher.dtype], device)
+            files.write_atomically(file, lambda p: torch.save(logits.cpu(), p))
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+def load_run(result):
+    """The trained model of a Result: its backbone, with its adapter."""
+    config, folder = Config(**{**result.config, "device": None}), Path(result.folder)  # the run's device need not be here
+    return pyra.load_adapter(build_model(config, result.num_classes, result.plan), folder / "adapter.safetensors").eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def lr_factor(epoch, warmup, epochs):
+    """The factor of all learning rates in an epoch: linear warm-up, then a cosine down to 0.01."""
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+
+def mae_lr_factor(epoch, warmup, epochs):
+    """The same in MAE's fine-tuning, where it changes at every step (epoch has a fraction): linear from 0, then a cosine to 0."""
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+
+def make_optimizer(model, config):
+    """AdamW of all that the config trains; the learning rates and weight decay are the groups'."""
+    groups = pyra.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
+                               layer_decay=config.layer_decay if PEFTS[config.peft].trains_backbone else None)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def cast_frozen(model, dtype):
+    """What is frozen needs no float32 copy; what is trained keeps one."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def read_state(file):
+    """What a run saved after its last epoch, or None. Raises ValueError."""
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {"plan": state.get("found"), **state}  # "found": an older version's name
+    except Exception as error:
+        raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to start this run again") from error
+
+
+def make_loss(model, config, num_classes):
+    """The function (images, labels, the teacher's logits or None) -> loss, logits, labels of a batch; labels are mixed where the config says so."""
+    dtype, counted = DTYPES[config.dtype], budget.learns_budget(model)
+    target = budget.target_macs(config, model) if counted else None
+    forward = functools.partial(budget.forward_counted, model) if counted else model
+    if config.compile:
+        forward = torch.compile(forward)
+    mix = batches.mixup_or_cutmix(num_classes) if config.augment == "mae" else None
+
+    def loss_of(x, y, teacher):
+        if mix:
+            x, y = mix(x, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits, counts = forward(x) if counted else (forward(x), None)
+        if teacher is None:
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0)
+        else:
+            loss = distillation_loss(logits.float(), teacher, y)
+        if counted:
+            loss = loss + budget.budget_loss(model, counts, target)
+        return loss, logits, y.argmax(dim=1) if mix else y
+
+    return loss_of
+
+
+class Steps(NamedTuple):
+    """How an epoch is cut up."""
+
+    batch: int  # images per step, over all processes
+    steps: int  # per epoch
+    parts: int  # per step and process, whose gradients add up
+
+
+def cut_epoch(config, n, world):
+    batch = min(config.batch_size, n // world * world)
+    return Steps(batch, n // batch, math.ceil(batch // world / (config.micro_batch or batch)))
+
+
+def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps):
+    """One epoch. set_lr: (step) sets the learning rates. Returns the mean loss and the accuracy on the training images."""
+    model.train()
+    device, trained = model.pos_embed.device, [p for p in model.parameters() if p.requires_grad]
+    after_step = [block.reducer.after_step for block in model.blocks if hasattr(block.reducer, "after_step")]
+    chunks = data.train(seed, batches.chunks_of_epoch(data.n, cut.batch, cut.parts, seed, among.rank, among.world))
+    total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    for step in steps:
+        set_lr(step)
+        for part in range(cut.parts):
+            x, y, teacher = next(chunks)
+            # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
+            torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + among.rank * cut.parts + part) % 2**63)
+            loss, logits, y = loss_of(x, y, teacher)
+            loss = loss * (len(x) / cut.batch)
+            loss.backward()
+            total_loss += loss.detach()
+            correct += (logits.argmax(dim=1) == y).sum()
+        for p in trained:
+            if p.grad is not None:
+                among.sum(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        for call in after_step:
+            call()
+    loss, correct = among.sum(torch.stack([total_loss, correct])).tolist()  # waits for the device
+    return loss / cut.steps, correct / cut.steps / cut.batch
+
+
+def prepare(model, config, state):
+    """The optimizer and the history of a model that is about to be trained; all three as they were saved, where a state is given."""
+    optimizer, history = make_optimizer(cast_frozen(model, DTYPES[config.dtype]), config), []
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    model.checkpoint = config.checkpoint
+    if state is not None:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["initial_lr"] = peak  # as PyTorch's schedulers call it
+    return optimizer, history
+
+
+def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, among=ALONE, progress=True):
+    """Trains from epoch `start` on. Yields an entry of the history after each epoch.
+
+    What is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no generator's state.
+    """
+    loss_of, cut = make_loss(model, config, num_classes), cut_epoch(config, data.n, among.world)
+    fine_tuned = PEFTS[config.peft].trains_backbone
+    for epoch in range(start, epochs):
+        began, seed = time.perf_counter(), config.seed * 100_003 + epoch
+        steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not among.first, leave=False, delay=30)
+
+        def set_lr(step):
+            factor = mae_lr_factor(epoch + step / cut.steps, warmup, epochs) if fine_tuned else lr_factor(epoch, warmup, epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+        loss, accuracy = train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps)
+        yield dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - began)
+
+
+def save(folder, model, optimizer, history, plan=None):
+    """Saves all that it takes to resume after the last epoch of the history. Raises FloatingPointError where its loss is not finite."""
+    if not math.isfinite(history[-1]["loss"]):
+        before = f"; {folder / 'state.pt'} holds the epoch before" if history[:-1] else ""
+        raise FloatingPointError(f"{folder.name}: the loss was {history[-1]['loss']} in epoch {history[-1]['epoch']}{before}")
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)
+    files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))
+    files.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Source(NamedTuple):
+    """Where a run's images come from."""
+
+    task: tasks.Task
+    load: Callable  # (split, img_size) -> uint8 images (n, 3, img_size, img_size), labels (n,); not of a stream
+
+
+def image_size(config):
+    with torch.device("meta"):
+        return backbones.create_backbone(config, 1).img_size
+
+
+def find_source(config):
+    """The Source of a config that names its task. Raises ValueError or FileNotFoundError."""
+    if config.task.startswith("data:"):
+        raise ValueError(f"{config.task} was trained on Datasets that run was given: pass them again, data=(train, test)")
+    task = tasks.find_task(config.task, config.data_root)
+    return Source(task, functools.partial(tasks.load_split, task))
+
+
+def take_datasets(config, data):
+    """A config and the caller's (train, test) -> the config whose task is those Datasets, by their fingerprint, and their Source. Raises ValueError."""
+    task, load = tasks.own_task(data, image_size(config))
+    if config.task not in (Config.task, task.name):
+        raise ValueError(f"task {config.task!r} and data were both given, and data is {task.name}: leave out one of them")
+    return dataclasses.replace(config, task=task.name), Source(task, load)
+
+
+def check_run(config, source=None):
+    """Checks a resolved config on this machine before its run, and finds its Source. Raises ValueError or FileNotFoundError."""
+    check_device(config.device)
+    source = source or find_source(config)
+    method = METHODS[config.method]
+    with torch.device("meta"):
+        model = backbones.create_backbone(config, source.task.num_classes)
+        budget.target_macs(config, model)
+        if method.plan is None:
+            methods.call_add(method, model, config, None)
+    return source
+
+
+def run(config, runs=None, progress=True, data=None):
+    """Trains and evaluates one config, or finds the record of it. Returns its Result.
+
+    runs: folder of all runs; by default PYRA_RUNS or runs/. data: your own images instead of config.task, (train, test), two
+    map-style Datasets of (image, label) with images as PIL or uint8 (3, h, w); see `tasks.own_task`. Under torchrun every process
+    takes its share of each batch; the first one writes, and all must see the folder. A second process with the same config waits
+    for the first and finds its record. Raises ValueError or FileNotFoundError for a config that can't run, before any training;
+    FloatingPointError where the loss stops being finite: state.pt then holds the epoch before.
+    """
+    source = None
+    if data is not None:
+        config, source = take_datasets(config, data)
+    return run_source(config, source, runs, progress)
+
+
+def run_source(config, source, runs, progress):
+    """`run` of a config whose Source may be known already."""
+    config, among = config.resolved(), processes.from_environment()
+    folder = runs_folder(runs) / config.id()
+    if among.world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
+        return result
+    source = check_run(config, source)
+    if config.batch_size % among.world:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {among.world} processes")
+    device, method = processes.connect(among, torch.device(config.device)), METHODS[config.method]
+
+    teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
+    stage_one = run_source(first_stage(config), source, runs, progress) if config.second_epochs is not None else None
+    model = None if method.plan else build_model(config, source.task.num_classes)  # refuses weights before anything is written
+    if source.task.group == "Stream":
+        data = batches.streamed(source.task, config, image_size(config), device)
+    else:
+        data = batches.held_in_memory(source.load, config, image_size(config), device, teacher)
+    if data.n < among.world:
+        raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {among.world} processes")
+
+    with contextlib.ExitStack() as stack:
+        if among.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(files.file_lock(folder)):
+                for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
+                    left.unlink()
+        among.wait()
+        if result := read_result(folder):  # another process did it while this one waited
+            return result
+        state = read_state(folder / "state.pt")
+        plan = make_plan(config, source, data, device, folder, among, progress) if method.plan else None
+        if state is not None and state["plan"] != plan:
+            if method.dial is None:
+                raise ValueError(f"{folder / 'state.pt'} was trained with a different plan than {config.method} makes now: delete it to restart the run")
+            plan = state["plan"]  # calibrated after the last epoch, but not recorded
+        if model is None or plan is not None:
+            model = build_model(config, source.task.num_classes, plan)
+        if stage_one is not None:
+            start_from(model, stage_one)
+        return finish(config, model.to(device), plan, source.task, data, folder, state, among, progress)
+
+
+def make_plan(config, source, data, device, folder, among, progress):
+    """What the method chooses before training: once, by the first process. It then stands in the run's folder."""
+    file, num_classes = folder / "plan.json", source.task.num_classes
+    size, dtype = image_size(config), DTYPES[config.dtype]
+
+    def train_search(model, epochs):
+        search = folder / "search"
+        search.mkdir(exist_ok=True)
+        optimizer, history = prepare(model.to(device), config, read_state(search / "state.pt"))
+        for entry in train(model, optimizer, config, data, num_classes, epochs, 0, len(history), progress=progress):
+            history.append(entry)
+            save(search, model, optimizer, history)
+
+    bench = methods.Bench(
+        device=device, dtype=dtype, num_classes=num_classes, steps=cut_epoch(config, data.n, 1).steps, sample=data.sample,
+        apply=lambda function, split: batches.predict_split(function, source.load, split, size, config.norm, dtype, device),
+        backbone=lambda: backbones.load_backbone(config, num_classes),
+        adapted=lambda: methods.adapt(backbones.load_backbone(config, num_classes), config),
+        train=train_search,
+    )
+    if among.first and not file.is_file():
+        plan = METHODS[config.method].plan(config, bench)
+        files.write_atomically(file, lambda p: p.write_text(json.dumps(plan)))
+    among.wait()
+    return json.loads(file.read_text())
+
+
+def finish(config, model, plan, task, data, folder, state, among, progress):
+    """The part of `run` that computes: from the last epoch that was saved to the record."""
+    epochs, warmup = config.epochs, config.warmup
+    if config.second_epochs is not None:
+        epochs, warmup = config.second_epochs, config.second_epochs // 10
+    dtype, dial = DTYPES[config.dtype], METHODS[config.method].dial
+    optimizer, history = prepare(model, config, state)
+    if among.first and state is None:
+        files.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+    if model.pos_embed.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.pos_embed.device)
+
+    metrics = None
+    bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not progress or not among.first, leave=False)
+    for entry in train(model, optimizer, config, data, task.num_classes, epochs, warmup, len(history), among, progress):
+        last = entry["epoch"] + 1 == epochs
+        if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
+            plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, among.broadcast)
+        if last or config.eval_every and (entry["epoch"] + 1) % config.eval_every == 0:
+            metrics = evaluate(model, data.test(among.rank, among.world), dtype, among)
+            entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        history.append(entry)
+        if among.first:
+            save(folder, model, optimizer, history, plan)
+        bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
+        bar.update()
+    bar.close()
+
+    if metrics is None:  # all epochs were done before, or a second stage has none
+        metrics = evaluate(model, data.test(among.rank, among.world), dtype, among)
+    result = summarise(config, model, plan, task, data, history, metrics, folder, among)
+    if among.first:
+        pyra.save_adapter(model, folder / "adapter.safetensors")
+        files.write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
+    among.wait()
+    return result
+
+
+def summarise(config, model, plan, task, data, history, metrics, folder, among=ALONE):
+    """The Result of a trained model: its accuracies and what it costs."""
+    method, device = METHODS[config.method], model.pos_embed.device
+    evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=-1, accuracy=metrics["accuracy"])]
+    if method.dial is not None:  # before its last epoch it was not held to the budget
+        evaluated = evaluated[-1:]
+    best = max(evaluated, key=lambda entry: entry["accuracy"])
+    counts = budget.count_tokens(model, (x for x, _ in data.test(among.rank, among.world)), DTYPES[config.dtype])
+    counts = (among.gather(counts.T).T if budget.depends_on_image(model) else counts).double()
+    means = counts.mean(dim=1).tolist()
+    reduced = budget.mean_macs(model, counts)
+    macs = reduced + (0 if PEFTS[config.peft].fold else peft_macs(model, means))
+    missed = reduced / budget.target_macs(config, model) - 1
+    if "rate" in method.uses and abs(missed) > 0.05:
+        warnings.warn(f"{folder.name} misses its MAC budget by {missed:+.0%}", stacklevel=4)
+    return Result(
+        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
+        accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
+        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], trained=methods.count_trained(model),
+        backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
+        seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
+        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        versions=dict(torch=torch.__version__, python=sys.version.split()[0]), plan=plan, metrics=metrics,
+    )

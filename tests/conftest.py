@@ -1,0 +1,26 @@
+"""Surroundings of every test: one thread per process, folders of our own, nothing of a torchrun around us."""
+
+import pytest
+import torch
+from helpers import write_class_folders
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """Models this small only lose by a second thread; no record, cache or data of the machine is seen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        patch.setenv("PYRA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PYRA_DATA", str(tmp_path_factory.mktemp("data")))
+        for name in ("PYRA_RUNS", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A task of three classes with 7 images each to train on: two batches of 8, and 5 that an epoch leaves out."""
+    return write_class_folders(tmp_path_factory.mktemp("images"))

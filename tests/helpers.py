@@ -1,0 +1,118 @@
+"""The small, random models and tasks that several test files share."""
+
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import pyra
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real images and weights, where they are at hand
+TINY = dict(img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2.0, num_classes=5)  # 36 patches
+R = [10, 6, 3]
+HIGH = [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Random values that depend on a parameter's name and the seed alone, so that equal names hold equal values."""
+    for name, p in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        norm_weight = "norm" in name and name.endswith("weight")
+        p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if norm_weight else 0.2) + float(norm_weight))
+    return model
+
+
+def tiny(seed=0, **kwargs):
+    """A small ViT in eval mode, every parameter random, biases and norms too."""
+    return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
+
+
+def batch(b=3, seed=0):
+    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return pyra.create_model(name, **kwargs)
+
+
+def write_class_folders(root, train=7, test=8, classes=("red", "green", "blue"), seed=0):
+    """A folder task: noise of 8 x 8 pixels, each class a little stronger in one channel. Returns the task's name."""
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", train), ("test", test)):
+        for channel, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 200, (8, 8, 3))
+                pixels[..., channel] += 15
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+def spy(patch, module, name):
+    """Calls of module.name go through as before; returns the list of their (arguments, result)."""
+    original, calls = getattr(module, name), []
+
+    def wrapper(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append((args, result))
+        return result
+
+    patch.setattr(module, name, wrapper)
+    return calls
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("this must not be called")
+
+
+def python(*args, **kwargs):
+    """Runs this Python with args -> the completed process, its output as text."""
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def write_image(path, colour=(10, 20, 30), size=(9, 7)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def write_tree(folder, counts):
+    """A tree with one folder per class: {class: number of images}. Red is an image's number, green the length of its class's name."""
+    for name, count in counts.items():
+        for i in range(count):
+            write_image(folder / name / f"{i}.png", (i, len(name), 0))
+
+
+def write_lists(folder, classes=3, counts=(6, 3, 6)):
+    """A task in VTAB-1k's layout: counts of train800, val200 and test; image i of a split has label i % classes. Returns its folder."""
+    lists = {}
+    for split, count in zip(("train800", "val200", "test"), counts):
+        lists[split] = [f"images/{split}/{i:06d}.png {i % classes}\n" for i in range(count)]
+        for i in range(count):
+            write_image(folder / f"images/{split}/{i:06d}.png", (i * 20, 40 * (i % classes), len(split)))
+    lists["train800val200"] = lists["train800"] + lists["val200"]
+    for split, lines in lists.items():
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def quiet(call, *args, **kwargs):
+    """call(*args, **kwargs) without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
