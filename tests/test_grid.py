@@ -1,60 +1,32 @@
-"""train.py's "Many runs": what a grid skips, repeats, reports and survives, two runners on one folder, and the script for Slurm."""
+"""Many runs: what a grid skips, repeats, reports and survives, two runners on one folder, and the script for Slurm."""
 
 import dataclasses
 import json
 import os
 import pathlib
 import re
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import ROOT, python
 from safetensors.torch import load_file
 
 import pyra
-import tasks
-import train
-
-HERE = pathlib.Path(train.__file__).resolve().parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYRA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for name in ("PYRA_RUNS", "PYRA_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
-            patch.delenv(name, raising=False)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A task of two classes, 16 images to train on and 8 to test on."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 8), ("test", 4)):
-        for name in ("a", "b"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / part / name / f"{i}.png")
-    return f"folder:{root}"
+from pyra_lab import files, grid, methods, records, training
+from pyra_lab.budget import schedule
+from pyra_lab.config import Config, arguments, parse
 
 
 def small(task, **fields):
-    return train.Config(task=task, **{**dict(weights="none", batch_size=8, device="cpu", dtype="float32", epochs=1), **fields})
+    return Config(task=task, **{**dict(weights="none", batch_size=8, device="cpu", dtype="float32", epochs=1), **fields})
 
 
 def assert_same_run(result, reference):
@@ -65,7 +37,7 @@ def assert_same_run(result, reference):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The runner alone: a script in train.py's place, which does what the seed says and writes down what it was told
+# The runner alone: a script in the place of `pyra_lab run`, which does what the seed says and notes how it was called
 
 STUB = """
 import json, os, pathlib, signal, sys, time
@@ -76,7 +48,7 @@ with open(here / "started", "a") as file:
 tries = sum(json.loads(line)[0] == name for line in (here / "started").read_text().splitlines())
 time.sleep(0.2)
 if seed == 1:
-    sys.exit("train.py: bad input")
+    sys.exit("pyra_lab: bad input")
 if seed == 2 or seed == 3 and tries < 3:
     os.kill(os.getpid(), signal.SIGKILL)
 if seed == 4:
@@ -88,26 +60,26 @@ if seed == 4:
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """stub(configs): from now on run_grid starts STUB for them. Returns what gives the starts so far, as [id, seed, runner, GPU, threads]."""
+    """stub(configs): from now on run_grid starts STUB for them. Returns a function that lists the starts so far, as [id, seed, runner, GPU, threads]."""
     here = tmp_path / "stub"
     here.mkdir()
-    (here / "train.py").write_text(STUB)
-    fields = {f.name: None for f in dataclasses.fields(train.Result)}
+    (here / "worker.py").write_text(STUB)
+    fields = {f.name: None for f in dataclasses.fields(records.Result)}
     (here / "result.json").write_text(json.dumps({**fields, "accuracy_last": 0.5}))
-    monkeypatch.setattr(train, "HERE", here)
+    monkeypatch.setattr(grid, "WORKER", [sys.executable, str(here / "worker.py")])
 
     def stub(configs):
-        names = {json.dumps(train.arguments(c)): (c.id(), c.seed) for c in train.in_order(configs).values()}
+        names = {json.dumps(arguments(c)): (c.id(), c.seed) for c in grid.with_prerequisites(configs).values()}
         (here / "names.json").write_text(json.dumps(names))
         return lambda: [json.loads(line) for line in (here / "started").read_text().splitlines()] if (here / "started").exists() else []
 
     return stub
 
 
-def test_what_fails_is_reported_or_tried_again_and_the_others_go_on(stub, tmp_path, capfd):
-    configs = [train.Config(seed=seed) for seed in (1, 2, 3, 4, 5, 6)]
+def test_failures_are_reported_or_retried_and_the_others_continue(stub, tmp_path, capfd):
+    configs = [Config(seed=seed) for seed in (1, 2, 3, 4, 5, 6)]
     started = stub(configs)
-    results = train.run_grid(configs, 2, tmp_path / "runs")
+    results = grid.run_grid(configs, 2, tmp_path / "runs")
     assert [result and result.accuracy_last for result in results] == [None, None, 0.5, None, 0.5, 0.5]
     assert {seed: sum(start[1] == seed for start in started()) for seed in range(1, 7)} == {1: 1, 2: 3, 3: 3, 4: 3, 5: 1, 6: 1}
     shown = capfd.readouterr().err
@@ -118,74 +90,77 @@ def test_what_fails_is_reported_or_tried_again_and_the_others_go_on(stub, tmp_pa
     assert "6/6" in shown and "0 running, 3 failed" in shown
     assert logs[4].read_text().count(f"$ {sys.executable} ") == 3 and logs[4].read_text().count("Traceback") == 3
     before = len(started())
-    assert train.run_grid(configs[2:3] + configs[4:], 2, tmp_path / "runs") == [results[2], *results[4:]] and len(started()) == before  # recorded
+    assert grid.run_grid(configs[2:3] + configs[4:], 2, tmp_path / "runs") == [results[2], *results[4:]] and len(started()) == before  # recorded
 
 
-def test_a_grid_asks_for_each_run_once_and_for_first_stages_first(stub, tmp_path):
-    configs = [train.Config(seed=5, method=method, second_epochs=second) for second in (3, 0) for method in ("tome", "pyra")]
+def test_each_run_once_and_first_stages_first(stub, tmp_path):
+    configs = [Config(seed=5, method=method, second_epochs=second) for second in (3, 0) for method in ("tome", "pyra")]
     started = stub(configs + configs)
-    results = train.run_grid(configs + configs, 3, tmp_path / "runs", progress=False)
+    results = grid.run_grid(configs + configs, 3, tmp_path / "runs", progress=False)
     assert len(results) == 8 and None not in results
-    assert len(started()) == 5 and started()[0][0] == train.first_stage(configs[0]).id()
+    assert len(started()) == 5 and started()[0][0] == training.first_stage(configs[0]).id()
 
 
-def test_what_starts_from_a_run_that_failed_is_not_tried(stub, tmp_path, capfd):
-    configs = [train.Config(seed=1, method="tome", second_epochs=second) for second in (1, 2)]
+def test_what_starts_from_a_failed_run_is_not_tried(stub, tmp_path, capfd):
+    configs = [Config(seed=1, method="tome", second_epochs=second) for second in (1, 2)]
     started = stub(configs)
-    assert train.run_grid(configs, 2, tmp_path / "runs", progress=False) == [None, None]
+    assert grid.run_grid(configs, 2, tmp_path / "runs", progress=False) == [None, None]
     assert len(started()) == 1 and capfd.readouterr().err.count("a run that it starts from failed") == 2
 
 
 def test_two_runners_share_a_folder(stub, tmp_path):
     """Each run is done once; while one runner is at a run, the other takes another."""
-    configs = [train.Config(seed=seed) for seed in range(10, 22)]
+    configs = [Config(seed=seed) for seed in range(10, 20)]
     started = stub(configs)
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda order: train.run_grid(order, 1, tmp_path / "runs", progress=False), (configs, configs)))
+        results = list(pool.map(lambda order: grid.run_grid(order, 1, tmp_path / "runs", progress=False), (configs, configs)))
     assert results[0] == results[1] and None not in results[0]
-    assert sorted(start[1] for start in started()) == list(range(10, 22))
+    assert sorted(start[1] for start in started()) == list(range(10, 20))
 
 
 @pytest.mark.parametrize("held", ["log", "folder"])
-def test_a_run_that_somebody_is_at_is_left_to_them(stub, tmp_path, held):
+def test_a_run_of_another_process_is_left_to_it(stub, tmp_path, held):
     """Its log is locked by another runner's process, or its folder by a run that was started by hand."""
-    configs = [train.Config(seed=5), train.Config(seed=6)]
+    configs = [Config(seed=5), Config(seed=6)]
     started, folder = stub(configs), tmp_path / "runs" / configs[0].id()
     folder.mkdir(parents=True)
-    with train.claim(folder) if held == "log" else tasks.alone(folder), ThreadPoolExecutor(1) as pool:
-        grid = pool.submit(train.run_grid, configs, 1, tmp_path / "runs", progress=False)
-        deadline = time.time() + 20
-        while not (tmp_path / "runs" / configs[1].id() / "result.json").exists() and time.time() < deadline:
-            time.sleep(0.05)
+    with grid.lock_run(folder) if held == "log" else files.file_lock(folder), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(grid.run_grid, configs, 1, tmp_path / "runs", progress=False)
+        wait_for((tmp_path / "runs" / configs[1].id() / "result.json").exists)
         time.sleep(0.7)
-        assert [start[1] for start in started()] == [6] and not grid.done()
-        shutil.copy(tmp_path / "stub" / "result.json", folder)  # they have finished
-        assert None not in grid.result(20)
+        assert [start[1] for start in started()] == [6] and not running.done()
+        shutil.copy(tmp_path / "stub" / "result.json", folder)  # the other process has finished
+        assert None not in running.result(20)
     assert len(started()) == 1
 
 
 def test_devices_and_threads(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
-    configs = [train.Config(seed=seed) for seed in range(10, 14)]
+    monkeypatch.setattr(files, "cores", lambda: 9)
+    configs = [Config(seed=seed) for seed in range(10, 12)]
     started = stub(configs)
-    train.run_grid(configs, None, tmp_path / "runs", progress=False)
+    grid.run_grid(configs, None, tmp_path / "runs", progress=False)
     assert {start[3] for start in started()} == {"3", "5"} and {start[4] for start in started()} == {"4"}
-    configs = [train.Config(seed=seed) for seed in range(14, 18)]
-    started = stub(configs)
-    train.run_grid(configs, 4, tmp_path / "runs", progress=False)
-    assert sorted(start[3] for start in started()[4:]) == ["3", "3", "5", "5"] and started()[-1][4] == "2"
+    assert {start[2] for start in started()} == {str(os.getpid())}
+    slots = grid.slot_environments(4, tmp_path / "runs")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["3", "5", "3", "5"] and slots[0]["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
-        train.run_grid(configs, 0, tmp_path / "runs")
+        grid.run_grid(configs, 0, tmp_path / "runs")
 
 
-def test_damaged_record_is_reported(stub, tmp_path, capfd):
-    config = train.Config(seed=5)
-    (tmp_path / config.id()).mkdir()
-    (tmp_path / config.id() / "result.json").write_text("{")
-    assert train.run_grid([config], 1, tmp_path, progress=False) == [None]
-    assert "result.json is damaged" in capfd.readouterr().err
+def test_invalid_configs_and_damaged_records_are_reported_before_anything_runs(stub, tmp_path, capfd):
+    """No task of that name, and a first block that is to merge more than there is; also behind a first stage, which is not run for it alone."""
+    bad = [Config(seed=5, task="cifr100"), Config(seed=5, method="pyra", rate=[150] + [0] * 11), Config(seed=5, method="pyra", rate=[0] * 3, second_epochs=1)]
+    good, damaged = Config(seed=6), Config(seed=7)
+    (tmp_path / "runs" / damaged.id()).mkdir(parents=True)
+    (tmp_path / "runs" / damaged.id() / "result.json").write_text("{")
+    started = stub([*bad, good, damaged])
+    results = grid.run_grid([*bad, good, damaged], 1, tmp_path / "runs", progress=False)
+    assert results[:3] == [None] * 3 and results[3].accuracy_last == 0.5 and results[4] is None
+    reports = [line.split(": ", 2)[2] for line in capfd.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert re.match("[Uu]nknown task 'cifr100'", reports[0]) and "its log" not in "".join(reports)
+    assert "result.json is damaged" in reports[3] and [start[0] for start in started()] == [good.id()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,30 +194,30 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_S
 
 @LINUX
 def test_a_process_ends_with_its_runner(tmp_path, monkeypatch):
-    worker = "import os, time, train; train.end_with(int(os.environ['PYRA_RUNNER'])); open('ready', 'w'); time.sleep(60)"
+    worker = "import os, time; from pyra_lab import grid; grid.die_with_parent(int(os.environ['PYRA_RUNNER'])); open('ready', 'w'); time.sleep(60)"
     script = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], env={**os.environ, 'PYRA_RUNNER': str(os.getpid())}).wait()"
-    runner = subprocess.Popen([sys.executable, "-c", script, worker], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+    runner = subprocess.Popen([sys.executable, "-c", script, worker], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     wait_for((tmp_path / "ready").exists)
     (pid,) = children(runner.pid)
     assert alive(pid)
     runner.kill()
     runner.wait()
     wait_for(lambda: not alive(pid), 10)
-    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: types.SimpleNamespace(prctl=lambda *args: 0))  # pytest itself is not to end with anybody
-    with pytest.raises(SystemExit, match="the runner that started this run is gone"):  # here: never was
-        train.end_with(os.getpid())
+    monkeypatch.setattr(grid.ctypes, "CDLL", lambda name: types.SimpleNamespace(prctl=lambda *args: 0))  # pytest itself is not to end with anybody
+    with pytest.raises(SystemExit, match="the runner that started this run has ended"):  # here: never was
+        grid.die_with_parent(os.getpid())
 
 
 @LINUX
 def test_killed_and_started_again_equals_uninterrupted(task, tmp_path):
-    """kill -9 of a worker, then of the runner: nobody goes on in silence, and the same grid ends as if nothing had happened."""
+    """kill -9 of a worker, then of the runner: no process is left, and the same grid ends as if nothing had happened."""
     configs = [small(task, epochs=25, seed=seed, method="tome", rate=8.0) for seed in (0, 1)]
-    train.write_grid(configs, tmp_path / "grid.jsonl")
-    assert train.read_grid(tmp_path / "grid.jsonl") == configs
+    grid.write_grid(configs, tmp_path / "grid.jsonl")
+    assert grid.read_grid(tmp_path / "grid.jsonl") == configs
     runs = tmp_path / "runs"
-    command = [sys.executable, HERE / "train.py", "grid", tmp_path / "grid.jsonl", "--workers", "2"]
+    arguments, environment = ["-m", "pyra_lab", "grid", str(tmp_path / "grid.jsonl"), "--workers", "2"], {**os.environ, "PYRA_RUNS": str(runs)}
     with open(tmp_path / "shown", "w") as shown:
-        runner = subprocess.Popen(command, env={**os.environ, "PYRA_RUNS": str(runs)}, stdout=shown, stderr=shown)
+        runner = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=shown, stderr=shown)
         wait_for(lambda: list(runs.glob("*/state.pt")))
         victim = children(runner.pid)[0]
         os.kill(victim, signal.SIGKILL)
@@ -251,77 +226,61 @@ def test_killed_and_started_again_equals_uninterrupted(task, tmp_path):
         runner.kill()
         runner.wait()
     wait_for(lambda: not any(map(alive, workers)))
-    done = subprocess.run(command, env={**os.environ, "PYRA_RUNS": str(runs)}, capture_output=True, text=True, timeout=300)
+    done = python(*arguments, cwd=ROOT, env=environment)
     assert done.returncode == 0 and done.stdout == f"2 of 2 runs are recorded in {runs}\n", done.stderr
     for config in configs:
-        assert_same_run(train.read_result(runs / config.id()), train.run(config, tmp_path / "reference", progress=False))
+        assert_same_run(records.read_result(runs / config.id()), training.run(config, tmp_path / "reference", progress=False))
     assert not list(runs.glob("*/*.partial"))
 
 
-def write_lists(folder, label="0"):
-    folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    for split in tasks.SPLITS:
-        (folder / f"{split}.txt").write_text(f"a.png {label}\n" * 8)
-
-
-def test_what_cannot_be_is_said_before_anything_runs(stub, tmp_path, capfd):
-    """No task of that name, and a first block that is to merge more than there is; also behind a first stage, which is not run for it alone."""
-    bad = [train.Config(seed=5, task="cifr100"), train.Config(seed=5, method="pyra", rate=[150] + [0] * 11), train.Config(seed=5, method="pyra", rate=[0] * 3, second_epochs=1)]
-    good = train.Config(seed=6)
-    started = stub([*bad, good])
-    assert train.run_grid([*bad, good], 1, tmp_path / "runs", progress=False)[:3] == [None] * 3
-    reports = capfd.readouterr().err.splitlines()
-    assert [line.split(": ", 1)[1] for line in reports if line.startswith("failed: ")][0].split(": ")[1].startswith("Unknown task 'cifr100'")
-    assert sum("its log" in line for line in reports) == 0 and len(reports) == 3
-    assert [start[0] for start in started()] == [good.id()]
-
-
-def test_bad_input_ends_its_run_in_a_sentence_and_the_others_go_on(task, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("PYRA_DATA", str(tmp_path))
-    for name in ("truncated", "unlisted", "kitti"):
-        write_lists(tmp_path / name, label="9" if name == "kitti" else "0")
-    os.truncate(tmp_path / "truncated" / "a.png", 40)
-    (tmp_path / "unlisted" / "val200.txt").unlink()
-    configs = [small(name) for name in ("truncated", "unlisted", "kitti")] + [small(task)]
-    *failed, good = train.run_grid(configs, 2, tmp_path / "runs", progress=False)
-    assert failed == [None] * 3 and good.accuracy_last >= 0
-    reports = dict(re.findall(r"failed: (\w+?)-\S+: (.*)", capfd.readouterr().err))
-    assert "a.png is not an image that can be read" in reports["truncated"]
-    assert "unlisted has no val200.txt" in reports["unlisted"]
-    assert "label 9 is outside 0..3" in reports["kitti"]
+def test_a_user_error_ends_its_run_and_the_others_continue(task, tmp_path, capfd):
+    broken = tmp_path / "images"
+    shutil.copytree(task.partition(":")[2], broken)
+    photo = sorted(broken.glob("train/*/*"))[0]
+    os.truncate(photo, 40)
+    bad, good = grid.run_grid([small(f"folder:{broken}"), small(task)], 2, tmp_path / "runs", progress=False)
+    assert bad is None and good.accuracy_last >= 0
+    assert f"{photo.name} is not an image that can be read" in capfd.readouterr().err
     assert all(log.read_text().count("$ ") == 1 for log in (tmp_path / "runs" / "logs").iterdir())  # none was tried again
 
 
-def test_a_full_disk_ends_in_a_sentence_and_leaves_the_epoch_before(task, tmp_path, monkeypatch):
-    config, save, limits = small(task, epochs=3), torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def full(state, path):
-        if len(state["history"]) == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing further fails, as on a full disk
-        save(state, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    try:
-        with pytest.raises(OSError, match=r"state\.pt can't be written \([^\n]+\): is the disk full\?$"):
-            train.run(config, tmp_path, progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    monkeypatch.undo()
-    folder = tmp_path / config.id()
-    assert len(torch.load(folder / "state.pt")["history"]) == 1 and not list(folder.glob("*.partial"))
-    assert_same_run(train.run(config, tmp_path, progress=False), train.run(config, tmp_path / "reference", progress=False))
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows added at run time
 
 
-def test_out_of_memory_ends_in_a_sentence(task, tmp_path, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines")
+@pytest.mark.parametrize("how", ["run_grid", "slurm"])
+def test_added_rows_reach_the_processes(task, tmp_path, monkeypatch, how):
+    """A lambda, and a function of a module that is imported from a folder of the user's."""
+    (tmp_path / "my_reducers.py").write_text("import pyra\n\ndef merge_first(model, config, plan):\n    return pyra.add_tome(model, [50] + [0] * 11)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    import my_reducers
 
-    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
-    monkeypatch.setattr(tasks, "normalize", out_of_memory)
-    monkeypatch.setattr(sys, "argv", ["train.py", *train.arguments(small(task))])
-    with pytest.raises(SystemExit, match=r"^train.py: CUDA out of memory. Tried to allocate 2.00 GiB.; with --micro_batch [^\n]+$"):
-        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    half = methods.Method("Half", "merges half as many", lambda model, config, plan: pyra.add_tome(model, [r // 2 for r in schedule(config, model)]))
+    monkeypatch.setitem(methods.METHODS, "half", half)
+    monkeypatch.setitem(methods.METHODS, "first", methods.Method("First", "merges in the first block", my_reducers.merge_first))
+    monkeypatch.setitem(methods.PEFTS, "thin", methods.PEFTS["lora"]._replace(add=lambda model, config: pyra.add_lora(model, 1)))
+    configs, runs = [small(task, method="half", rate=[40] * 3 + [0] * 9), small(task, method="first", peft="thin")], tmp_path / "runs"
+    if how == "run_grid":
+        half, first = grid.run_grid(configs, 2, runs, progress=False)
+    else:
+        grid.write_slurm(configs, tmp_path / "grid.sbatch", runs)
+        for number in "01":
+            subprocess.run(["bash", tmp_path / "grid.sbatch"], cwd="/", check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": number})
+        half, first = (records.read_result(runs / config.id()) for config in configs)
+    assert half.token_counts == [197, 177, 157] + [137] * 10 and first.token_counts == [197] + [147] * 12
+    assert first.trained["peft"] < half.trained["peft"]
+
+
+def test_rows_that_cannot_be_sent_or_loaded(tmp_path, monkeypatch):
+    assert grid.dump_rows(tmp_path) is None
+    unsendable = threading.Lock()
+    monkeypatch.setitem(methods.METHODS, "tome", methods.METHODS["tome"]._replace(add=unsendable))  # a changed row is sent, too
+    with pytest.raises(ValueError, match="the rows added to METHODS or PEFTS can't be sent to other processes"):
+        grid.dump_rows(tmp_path)
+    (tmp_path / "rows.pkl").write_bytes(b"x")
+    with pytest.raises(ValueError, match="rows.pkl can't be loaded"):
+        grid.load_rows(tmp_path / "rows.pkl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,76 +288,53 @@ def test_out_of_memory_ends_in_a_sentence(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, sentence", [
-    ('{"task": "dtd"}\n\n{"task": "dtd", "rank": 1}', "grid.jsonl, line 3: 'rank' is no field of a config"),
+    ('{"task": "dtd"}\n\n{"task": "dtd", "rank": 1}', "grid.jsonl, line 3: a config has no field 'rank'"),
     ('{"s": 0}', "grid.jsonl, line 1: s must be at least 1, not 0"),
-    ('["dtd"]', "grid.jsonl, line 1: not a JSON object"),
+    ('["dtd"]', "grid.jsonl, line 1: a config is a JSON object"),
     ("task: dtd", "grid.jsonl, line 1: Expecting value"),
     ("\n", "grid.jsonl lists no runs"),
 ])
 def test_a_bad_list_is_refused_with_its_line(tmp_path, text, sentence):
     (tmp_path / "grid.jsonl").write_text(text)
     with pytest.raises(ValueError, match=sentence):
-        train.read_grid(tmp_path / "grid.jsonl")
+        grid.read_grid(tmp_path / "grid.jsonl")
 
 
-def sbatch(script, number, here):
-    """What Slurm does with a task of the array, but with a train.py that only writes down its arguments -> the configs that it was called with."""
-    (here / "train.py").write_text("import json, os, sys\nwith open(os.environ['PYRA_RUNS'] + '/calls', 'a') as f:\n    f.write(json.dumps(sys.argv[1:]) + chr(10))\n")
-    subprocess.run(["bash", "-s"], input=script.read_text(), text=True, check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": str(number)})
-    calls = pathlib.Path(here / "runs" / "calls")
-    configs = [train.parse(json.loads(line)) for line in calls.read_text().splitlines()]
-    calls.unlink()
-    return configs
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """sbatch(script, number) does what Slurm does with a task of the array, but with a worker that only notes its arguments -> the configs that it was given."""
+    (tmp_path / "worker.py").write_text("import json, os, sys\nwith open(os.environ['PYRA_RUNS'] + '/calls', 'a') as f:\n    f.write(json.dumps(sys.argv[1:]) + chr(10))\n")
+    monkeypatch.setattr(grid, "WORKER", [sys.executable, str(tmp_path / "worker.py")])
+
+    def sbatch(script, number):
+        subprocess.run(["bash", "-s"], input=script.read_text(), text=True, check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": str(number)})
+        calls = script.parent / "runs" / "calls"
+        configs = [parse(json.loads(line)) for line in calls.read_text().splitlines()]
+        calls.unlink()
+        return configs
+
+    return sbatch
 
 
-def test_slurm_script(tmp_path, monkeypatch, capsys):
+def test_slurm_script(sbatch, tmp_path, monkeypatch):
     here = tmp_path / "with space"
     here.mkdir()
-    monkeypatch.setattr(train, "HERE", here)
-    monkeypatch.setenv("PYRA_RUNS", str(here / "runs"))
     monkeypatch.setenv("PYRA_DATA", "/a b/data")
     monkeypatch.chdir(here)
-    configs = [train.Config(), train.Config(task="folder:/it's a folder", method="tome", rate=[16] * 12), train.Config(seed=3, second_epochs=2, modulation_lr=3e-3, compile=True)]
-    train.write_grid(configs, here / "grid.jsonl")
-    train.main(["slurm", "grid.jsonl", "--max", "2"])
-    assert capsys.readouterr().out == "sbatch grid.sbatch\n"
+    configs = [Config(), Config(task="folder:/it's a folder", method="tome", rate=[16] * 12), Config(seed=3, second_epochs=2, modulation_lr=3e-3, compile=True)]
     script = here / "grid.sbatch"
+    grid.write_slurm(configs, script, here / "runs", max_running=2)
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
     assert [line for line in lines if line.startswith("#SBATCH")] == [
         "#SBATCH --job-name=pyra", "#SBATCH --array=0-3%2", f'#SBATCH --output="{here}/runs/logs/%x-%A_%a.log"', "#SBATCH --open-mode=append", "#SBATCH --requeue"]
     assert any(line.startswith("export ") and "'PYRA_DATA=/a b/data'" in line for line in lines)
     assert (here / "runs" / "logs").is_dir()
-    assert [sbatch(script, i, here) for i in range(4)] == [[c] for c in [train.first_stage(configs[2]), *configs]]
+    assert [sbatch(script, i) for i in range(4)] == [[c] for c in [training.first_stage(configs[2]), *configs]]
 
 
-def test_slurm_array_longer_than_slurm_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "HERE", tmp_path)
-    configs = [train.Config(seed=seed) for seed in range(2003)]
-    train.write_slurm(configs, tmp_path / "grid.sbatch", tmp_path / "runs")
+def test_slurm_array_longer_than_slurm_allows(sbatch, tmp_path):
+    grid.write_slurm([Config(seed=seed) for seed in range(2003)], tmp_path / "grid.sbatch", tmp_path / "runs")
     assert "#SBATCH --array=0-999\n" in (tmp_path / "grid.sbatch").read_text()
-    assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 2, tmp_path)] == [2, 1002, 2002]
-    assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 999, tmp_path)] == [999, 1999]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the benchmark's notebook needs
-
-
-def test_average_is_the_papers():
-    """The mean of the groups' means, as the paper's tables that print both show."""
-    rows = [row for name in ("table7", "table9", "table10", "table11") for row in train.paper_table(name)]
-    assert len(rows) > 15
-    for row in rows:
-        assert (float(row["natural"]) + float(row["specialized"]) + float(row["structured"])) / 3 == pytest.approx(float(row["average"]), abs=0.06)
-    groups = {name: group for name, (group, *_) in tasks.VTAB.items()}
-    accuracies = {name: {"Natural": 0.2, "Specialized": 0.4, "Structured": 0.9}[group] for name, group in groups.items()} | {"dtd": 0.9}
-    means = train.group_means(accuracies, groups)
-    assert list(means) == ["Natural", "Specialized", "Structured", "Average"]
-    assert means == pytest.approx({"Natural": 0.3, "Specialized": 0.4, "Structured": 0.9, "Average": 1.6 / 3})
-
-
-def test_table_4():
-    assert train.MODULATION_LRS.keys() == train.BACKBONES.keys()
-    assert train.MODULATION_LRS["vit_large_patch16_224.mae"] == [1e-6, 3e-6, 1e-5, 3e-5]
-    assert train.MODULATION_LRS["deit_base_patch16_224"] == train.MODULATION_LRS["vit_base_patch16_224"] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 2)] == [2, 1002, 2002]
+    assert [c.seed for c in sbatch(tmp_path / "grid.sbatch", 999)] == [999, 1999]

@@ -1,0 +1,132 @@
+"""The command line: python -m pyra_lab run | grid | slurm | benchmark | check, or pyra-lab where it is installed."""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import pyra
+from pyra_lab import files, grid, speed, vtab
+from pyra_lab.config import DTYPES, parse, read_value
+from pyra_lab.records import runs_folder
+from pyra_lab.training import run
+
+
+def make_parser(command, description):
+    return argparse.ArgumentParser(prog=f"pyra_lab {command}", description=description, allow_abbrev=False)
+
+
+def run_command(argv):
+    result = run(parse(argv))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} after the last epoch; record in {result.folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def grid_command(argv):
+    parser = make_parser("grid", "Many runs, from a file with one config per line: {\"task\": \"dtd\", \"seed\": 1}")
+    parser.add_argument("grid", help="the file")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one per CUDA device, or one)")
+    args = parser.parse_args(argv)
+    results = grid.run_grid(grid.read_grid(args.grid), args.workers)
+    print(f"{len(results) - results.count(None)} of {len(results)} runs are recorded in {runs_folder()}")
+    return int(None in results)
+
+
+def slurm_command(argv):
+    parser = make_parser("slurm", "Writes a script that does the runs of a grid as a Slurm array, and prints the command that submits it")
+    parser.add_argument("grid", help="the file, with one config per line: {\"task\": \"dtd\", \"seed\": 1}")
+    parser.add_argument("--max", type=int, help="runs at a time (default: all)")
+    args = parser.parse_args(argv)
+    if args.max is not None and args.max < 1:
+        raise ValueError(f"--max must be at least 1, not {args.max}")
+    script = Path(args.grid).with_suffix(".sbatch")
+    grid.write_slurm(grid.read_grid(args.grid), script, max_running=args.max)
+    print(f"sbatch {shlex.quote(str(script))}")
+
+
+def benchmark_command(argv):
+    parser = make_parser("benchmark", "Images/s and memory of plain, ToMe and PYRA on random weights, and of timm's model where timm is installed")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME", help="default: vit_base_patch16_224")
+    parser.add_argument("--batch_size", type=int, default=16, help="default: 16")
+    parser.add_argument("--rate", default="high", help="low, high or a number for Eq. (1) (default: high)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per model and dtype (default: 10)")
+    parser.add_argument("--rounds", type=int, default=7, help="the models take turns so many times (default: 7)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: both")
+    parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
+    parser.add_argument("--training", action="store_true", help="training steps with LoRA, with and without --checkpoint, instead of inference")
+    args = parser.parse_args(argv)
+    if args.training and args.compile:
+        raise ValueError("--training is measured without --compile")
+    common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)
+    dtypes = [args.dtype] if args.dtype else DTYPES
+    rows = speed.training_table(*common, dtypes) if args.training else speed.benchmark_table(*common, args.compile, dtypes)
+    print(f"{'dtype':9} {'model':17} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10} {'ms/batch':>9} {'peak MB':>8}")
+    for row in rows:
+        peak = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
+        print("{dtype:9} {model:17} {images_per_second:9.1f} {lowest:8.1f} {highest:8.1f} {speedup:9.2f} {mac_ratio:10.2f} {latency:9.1f} {peak:>8}".format(**row, peak=peak))
+
+
+def check_command(argv):
+    parser = make_parser("check", "Compares a folder of VTAB-1k with the paper's Table 1")
+    parser.add_argument("root", help="the folder that holds the tasks' folders")
+    parser.add_argument("tasks", nargs="*", metavar="task", help="only these of the 19")
+    parser.add_argument("--quick", action="store_true", help="don't decode the images, which takes most of the time")
+    args = parser.parse_args(argv)
+    findings = vtab.check(args.root, args.tasks, args.quick)
+    print(vtab.report(findings) + (" (images not decoded)" if args.quick else ""))
+    return int(any(finding.kind != "note" for found in findings.values() for finding in found))
+
+
+COMMANDS = {
+    "run": (run_command, "train and evaluate one config: --task dtd --method pyra"),
+    "grid": (grid_command, "do many runs on this machine, from a file with one config per line"),
+    "slurm": (slurm_command, "write a script that does them as a Slurm array"),
+    "benchmark": (benchmark_command, "measure images/s and memory of plain, ToMe and PYRA"),
+    "check": (check_command, "compare a folder of VTAB-1k with the paper's Table 1"),
+}
+
+
+def overview():
+    lines = [f"  {name:10} {help}" for name, (_, help) in COMMANDS.items()]
+    return "\n".join(["usage: python -m pyra_lab COMMAND ...", "", *lines, "", "python -m pyra_lab COMMAND --help lists the options of a command."])
+
+
+def main(argv):
+    """Does what the arguments say. Returns the exit code, None for 0. Raises ValueError and whatever the command raises."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return
+    command, *rest = argv
+    if command.startswith("-"):
+        raise ValueError(f"the first argument must be a command, one of {', '.join(COMMANDS)}; to train, write: python -m pyra_lab run {shlex.join(argv)}")
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, 1)
+        raise ValueError(f"there is no command {command!r}; " + (f"did you mean {close[0]}" if close else f"the commands are {', '.join(COMMANDS)}"))
+    return COMMANDS[command][0](rest)
+
+
+def entry():
+    """The process: console script, python -m pyra_lab, and what run_grid and Slurm start. User errors end in one line on stderr."""
+    runner = os.environ.pop("PYRA_RUNNER", None)
+    if runner:
+        grid.die_with_parent(int(runner))
+    try:
+        if rows := os.environ.get("PYRA_ROWS"):
+            grid.load_rows(rows)
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if runner:  # the log of the run keeps the place, too
+            traceback.print_exc()
+        hint = "; with --micro_batch a device takes fewer images at once" if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.exit(f"{grid.USER_ERROR}{files.first_line(error)}{hint}")
+    except KeyboardInterrupt:
+        sys.exit(f"{grid.USER_ERROR}interrupted; a run continues from its last epoch when the command is repeated")

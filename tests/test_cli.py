@@ -1,0 +1,137 @@
+"""The command line: its commands, its help, and that errors are one line."""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, forbidden, python
+
+from pyra_lab import batches, cli, speed, training, vtab
+from pyra_lab.config import Config, parse
+
+
+def lab(*args, runs):
+    """`python -m pyra_lab ...` in a process of its own."""
+    return python("-m", "pyra_lab", *args, cwd=ROOT, env={**os.environ, "PYRA_RUNS": str(runs)})
+
+
+def test_a_run_is_recorded(task, tmp_path, monkeypatch):
+    argv = ["--task", task, "--weights", "none", "--method", "tome", "--rate", json.dumps([40] * 3 + [0] * 9), "--epochs", "1", "--batch_size", "8",
+            "--device", "cpu", "--dtype", "float32", "--eval_split", "val200", "--lora_rank", "1"]
+    runs = tmp_path / "runs"
+    done = lab("run", *argv, runs=runs)
+    assert done.returncode == 0, done.stderr
+    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n", done.stdout)
+    config = parse(argv)
+    monkeypatch.setattr(training, "build_model", forbidden)  # the record that the other process made is found in this one
+    result = training.run(config, runs)
+    assert shown[1] == f"{result.accuracy_last:.4f}" and shown[2] == result.folder == str(runs / config.id())
+    assert result.token_counts == [197, 157, 117] + [77] * 10
+    assert result.config["rate"] == [40] * 3 + [0] * 9 and len(result.history) == 1
+
+
+def test_an_error_is_one_line(tmp_path):
+    done = lab("run", "--task", "sprites_locatoin", runs=tmp_path / "runs")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"pyra_lab: [Uu]nknown task 'sprites_locatoin'[^\n]+\n", done.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def raises(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("argv, normalize, sentence", [
+    (["--epochs", "many"], None, "epochs must be of type int, not 'many'"),
+    (["--task", "folder:/nowhere"], None, "/nowhere is not a folder"),
+    (["--lr", "1e38", "--epochs", "3", "--batch_size", "64"], None, "loss was nan in epoch 1"),
+    ([], KeyboardInterrupt(), "interrupted; a run continues from its last epoch when the command is repeated"),
+    ([], torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines"),
+     "CUDA out of memory. Tried to allocate 2.00 GiB.; with --micro_batch a device takes fewer images at once"),
+], ids=["ValueError", "FileNotFoundError", "FloatingPointError", "KeyboardInterrupt", "OutOfMemoryError"])
+def test_entry_leaves_with_a_sentence(task, tmp_path, monkeypatch, argv, normalize, sentence):
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["pyra-lab", "run", f"--task={task}", "--weights=none", "--device=cpu", "--dtype=float32", *argv])
+    if normalize:
+        monkeypatch.setattr(batches, "normalize", raises(normalize))
+    with pytest.raises(SystemExit) as left:  # Python prints its text on stderr, and returns 1
+        cli.entry()
+    assert left.value.code.startswith("pyra_lab: ") and sentence in left.value.code and "\n" not in left.value.code
+    assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]], ids=str)
+def test_overview(argv, capsys):
+    assert not cli.main(argv)
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {command} ", shown, re.MULTILINE) for command in ("run", "grid", "slurm", "benchmark", "check"))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and shown.startswith(f"usage: pyra_lab {command} ")
+    if command == "run":
+        for f in dataclasses.fields(Config):
+            assert re.search(rf"^ +--{f.name}\b", shown, re.MULTILINE), f.name
+            assert f.metadata["help"].split()[0] in shown
+            if f.default is not None:
+                assert f"(default: {f.default})" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["grdi", "grid.jsonl"], "there is no command 'grdi'; did you mean grid"),
+    (["predictions"], "there is no command 'predictions'; the commands are run, grid, slurm, benchmark, check"),
+    (["--task", "a b"], "the first argument must be a command, one of run, .*; to train, write: python -m pyra_lab run --task 'a b'"),
+    (["benchmark", "--training", "--compile", "default"], "--training is measured without --compile"),
+    (["benchmark", "--batch_size", "0", "--device", "cpu"], "batch_size and rounds must be at least 1"),
+    (["slurm", "grid.jsonl", "--max", "0"], "--max must be at least 1, not 0"),
+    (["check", "/nowhere"], "/nowhere is not a folder"),
+], ids=str)
+def test_what_is_refused_in_a_sentence(argv, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        cli.main(argv)
+
+
+@pytest.mark.parametrize("argv", ["run --nope 1", "run --epoch 3", "run --epochs", "run sprites_location", "grid", "benchmark --backbone resnet50"])
+def test_usage(capsys, argv):
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv.split())
+    assert left.value.code == 2 and f"usage: pyra_lab {argv.split()[0]}" in capsys.readouterr().err
+
+
+def test_benchmark(capsys, monkeypatch):
+    cli.main("benchmark --backbone vit_nano_patch4_56 --batch_size 1 --rate 2.5 --device cpu --dtype float32 --seconds 0.01 --rounds 2".split())
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["dtype", "model", "images/s"]
+    rows = [[line[:9].strip(), line[10:27].strip(), *map(float, line[27:].split())] for line in lines]
+    assert [row[:2] for row in rows][:3] == [["float32", name] for name in ("plain", "tome", "pyra")]
+    for _, model, median, low, high, speedup, ratio, latency, peak in rows:
+        assert 0 < low <= median <= high and speedup > 0 and latency > 0 and 2 < peak < 20 and 1 <= ratio < 3
+    row = dict(dtype="bfloat16", model="pyra", mac_ratio=3.46, **speed.Speed(10.0, 9.0, 11.0, 3.0, 100.0, None)._asdict())
+    monkeypatch.setattr(speed, "training_table", lambda *args: [row])
+    cli.main("benchmark --training --batch_size 4".split())
+    assert capsys.readouterr().out.splitlines()[1].split() == ["bfloat16", "pyra", "10.0", "9.0", "11.0", "3.00", "3.46", "100.0", "-"]
+
+
+def test_exit_codes(tmp_path, monkeypatch, capsys):
+    """1 where a run failed or a folder has faults."""
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "grid.jsonl").write_text('{"task": "cifr100"}\n')
+    assert cli.main(["grid", str(tmp_path / "grid.jsonl")]) == 1
+    assert capsys.readouterr().out == f"0 of 1 runs are recorded in {tmp_path / 'runs'}\n"
+    assert not cli.main(["slurm", str(tmp_path / "grid.jsonl"), "--max", "2"])
+    assert capsys.readouterr().out == f"sbatch {tmp_path / 'grid.sbatch'}\n" and "%2\n" in (tmp_path / "grid.sbatch").read_text()
+    assert cli.main(["check", str(tmp_path), "dtd", "--quick"]) == 1
+    assert "0 of 1 tasks ok, 1 missing" in capsys.readouterr().out
+    monkeypatch.setattr(vtab, "check", lambda root, tasks, quick: {"dtd": [vtab.Finding("note", "JPEG")]})
+    assert cli.main(["check", str(tmp_path)]) == 0

@@ -1,0 +1,183 @@
+"""What leaves PyTorch: torch.export's programs, models packed for a CPU, and ONNX files for any batch size."""
+
+import copy
+import os
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomise
+from PIL import Image
+
+import pyra
+from pyra_lab import deploy, images, methods
+from pyra_lab.pefts import fact
+from pyra_lab.reducers import ats, ltmp
+
+MEAN, STD = images.NORMS["half"]
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here")
+
+
+def small(method, s=1, **kwargs):
+    """A small ViT with LoRA in eval mode, every parameter random: no two similarities are equal, which two runtimes might order differently."""
+    model = pyra.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5, **kwargs)
+    pyra.add_lora(model, rank=2)
+    if method == "tome":
+        pyra.add_tome(model, [4, 3, 2])
+    elif method == "pyra":
+        pyra.add_pyra(model, [4, 3, 2], s=s)
+    return randomise(model).eval()
+
+
+def pixels(b):
+    return torch.randint(256, (b, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(b))
+
+
+@pytest.mark.parametrize("method, kwargs", [("plain", {}), ("tome", dict(global_pool="avg")), ("pyra", dict(distilled=True, s=2))])
+@torch.no_grad()
+def test_torch_export(method, kwargs):
+    """One program for every batch size; its blocks have the tokens that token_counts promises."""
+    model = methods.fold(small(method, **kwargs))
+    program = torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("b")},))
+    for b in (1, 7):
+        x = images.normalize(pixels(b), "half")
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+    gelus = [node.meta["val"].shape for node in program.graph.nodes if node.target is torch.ops.aten.gelu.default]  # (b, n, hidden), one per block
+    assert [n for _, n, _ in gelus] == pyra.token_counts(model)[1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed for a CPU
+
+
+@ONEDNN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, kwargs", [("plain", dict(global_pool="avg")), ("pyra", dict(distilled=True, s=2))])
+@torch.no_grad()
+def test_pack(method, kwargs, dtype):
+    """The same logits for any batch, the same MACs, and as many bytes of weights as before."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN doesn't compute in bfloat16 here")
+    model = methods.fold(small(method, **kwargs)).to(dtype)
+    packed = deploy.pack(copy.deepcopy(model))
+    assert pyra.count_macs(packed) == pyra.count_macs(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.blocks.modules())
+    held = sum(p.nbytes for p in packed.parameters()) + sum(getattr(module, "packed_bytes", 0) for module in packed.modules())
+    assert held == sum(p.nbytes for p in model.parameters())
+    for b in (1, 7):
+        x = images.normalize(pixels(b), "half").to(dtype)
+        if dtype == torch.float32:
+            torch.testing.assert_close(packed(x), model(x), rtol=1e-5, atol=1e-5)
+        else:  # rounding may match other tokens
+            assert packed(x).dtype == dtype and (packed(x) - model(x)).abs().median() < 0.1 * model(x).abs().max()
+
+
+@ONEDNN
+def test_pack_refuses_what_is_not_plain(tmp_path):
+    model = small("pyra")
+    for _ in range(2):  # with LoRA, then packed already
+        with pytest.raises(ValueError, match="pack needs oneDNN and a model on a CPU with plain linear layers"):
+            deploy.pack(model)
+        model = deploy.pack(methods.fold(small("pyra")))
+    with pytest.raises(ValueError, match="export it before pack"):
+        deploy.export_onnx(model, tmp_path / "model.onnx", MEAN, STD)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX
+
+
+@pytest.fixture(scope="module", params=[("tome", dict(distilled=True)), ("pyra", dict(global_pool="avg"))], ids=["tome", "pyra"])
+def exported(request, tmp_path_factory):
+    """A model, in training mode and with LoRA, the file that export_onnx made of it, and a copy from before, in eval mode."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    method, kwargs = request.param
+    model = small(method, **kwargs).train()
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    original = copy.deepcopy(model).eval()
+    deploy.export_onnx(model, path, MEAN, STD)
+    return model, path, original
+
+
+def session(path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def test_onnx_equals_pytorch(exported, tmp_path):
+    """For any batch, and by the lines that a server needs: decode, resize, run."""
+    _, path, original = exported
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    image = Image.open(tmp_path / "photo.png").convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    photo = np.asarray(image).transpose(2, 0, 1)[None]  # uint8 (1, 3, 32, 32)
+    for x in (photo, pixels(1).numpy(), pixels(2).numpy(), pixels(5).numpy()):
+        logits, = session(path).run(["logits"], {"images": x})
+        expected = original(images.normalize(torch.from_numpy(x.copy()), "half"))
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_onnx_graph(exported):
+    """Standard operators alone, LoRA folded in, a free batch axis, and no sum that onnxruntime's threads could lose."""
+    import onnx
+
+    _, path, _ = exported
+    onnx.checker.check_model(path, full_check=True)
+    graph = onnx.load(path).graph
+    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
+    assert axes == {"images": ["b", 3, 32, 32], "logits": ["b", 5]}
+    assert {node.domain for node in graph.node} == {""}
+    count = Counter(node.op_type for node in graph.node)
+    assert count["ScatterND"] == 0  # with reduction="add" and several threads onnxruntime 1.32 sometimes loses an update
+    assert count["ScatterElements"] >= 6  # in each of three blocks x and size are summed
+    assert not any("lora" in initializer.name for initializer in graph.initializer)
+
+
+def test_export_onnx_leaves_the_model_and_one_file(exported):
+    """A file without names of source files: the exporter notes a stack trace with every node, with paths of this machine."""
+    model, path, original = exported
+    before, after = original.state_dict(), model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert model.training and not model.folded
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    assert os.path.dirname(pyra.__file__).encode() not in path.read_bytes()
+
+
+@torch.no_grad()
+def test_onnx_folds_any_peft_that_can_be(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    model = pyra.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=5)
+    model = randomise(fact.add_fact(model, "tt", 2)).eval()
+    deploy.export_onnx(model, tmp_path / "model.onnx", MEAN, STD)
+    logits, = session(tmp_path / "model.onnx").run(None, {"images": pixels(2).numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images.normalize(pixels(2), "half")), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(mean=(0.5, 0.5)), "mean must be three numbers from 0 to 1"),
+    (dict(mean=(123.7, 116.3, 103.5)), "mean must be three numbers from 0 to 1"),
+    (dict(std=(0.5, 0.5, "0.5")), "std must be three numbers from 0 to 1"),
+    (dict(std=(0.5, 0.5, float("nan"))), "std must be three numbers from 0 to 1"),
+    (dict(std=(0.5, 0.0, 0.5)), "std must be greater than 0"),
+    (dict(path="nowhere/model.onnx"), "there is no folder for 'nowhere/model.onnx'"),
+    (dict(model=ats.add_ats(small("plain"), 5)), "ATS keeps as many tokens as an image needs"),
+    (dict(model=ltmp.add_ltmp(small("plain"))), "LTMP keeps as many tokens as an image needs"),
+])
+def test_export_onnx_refuses(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        deploy.export_onnx(**{**dict(model=small("plain"), path=tmp_path / "model.onnx", mean=MEAN, std=STD), **changes})
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_onnx_names_the_package_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="pip install onnxscript"):
+        deploy.export_onnx(small("plain"), tmp_path / "model.onnx", MEAN, STD)
