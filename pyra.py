@@ -8,7 +8,7 @@ faster in the same, single training stage:
 3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the
    pairs and yield a gate per channel and a gate per token; their product re-activates what averaging would blur.
 
-After training LoRA folds into the backbone. What is left is a ViT that merges tokens, plus ~10 k numbers of modulation.
+After training, LoRA folds into the backbone. What is left is a ViT that merges tokens, plus about 10,000 numbers of modulation.
 
     model = create_model("vit_base_patch16_224", num_classes=100)
     load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a .safetensors / .pth / .npz file
@@ -27,16 +27,14 @@ Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
 - a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
 - a schedule is an argument, not a list popped during the forward: two forwards agree, and so do compile and checkpointing.
 
-torch and einops are all that it imports, but for safetensors, numpy, huggingface_hub or onnxscript where such a file is read or written.
+It imports torch and einops; safetensors, numpy and huggingface_hub only where such a file is read or written.
 """
 
-import copy
 import hashlib
 import json
 import math
 import os
 import re
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,24 +90,27 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
 
 
 def merge_schedule(rate, depth=12, tokens=196):
-    """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block.
+    """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block. Raises ValueError.
 
-    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate.
-    Raises ValueError.
+    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate
+    (`solve_macs` meets a ratio of operations exactly). Where Eq. (1) asks for more than half of the patches that are left,
+    half of them merge, so that every schedule can be satisfied.
     """
     if isinstance(rate, str):
         if rate not in ("low", "high"):
             raise ValueError(f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
-        if (rate, depth) not in PAPER_SCHEDULES:
-            raise ValueError(f"the paper gives its {rate!r} schedule for depths 12 and 24, not {depth!r}; pass a number for Eq. (1)")
-        if tokens != 196:
-            raise ValueError(f"the paper's {rate!r} schedule is for 196 patches, not {tokens!r}; pass a number for Eq. (1)")
+        if (rate, depth) not in PAPER_SCHEDULES or tokens != 196:
+            raise ValueError(f"the paper's {rate!r} schedule is for depths 12 and 24 and 196 patches, not {depth!r} and {tokens!r}; pass a number for Eq. (1)")
         return list(PAPER_SCHEDULES[rate, depth])
-    return solve_schedule(depth, tokens, flops_ratio=rate)
+    r, left = [], tokens
+    for entry in solve_schedule(depth, tokens, flops_ratio=rate):
+        r.append(min(entry, most_merges(left, 0)))
+        left -= r[-1]
+    return r
 
 
 def most_macs_ratio(model, remaining=4):
-    """How many times fewer MACs are left by the most merging: half of the tokens in every block, until `remaining` patches are left."""
+    """How many times fewer MACs the strongest merging leaves: half of the tokens in every block, down to `remaining` patches."""
     counts = [model.num_patches + model.specials]
     for _ in model.blocks:
         counts.append(counts[-1] - min(most_merges(counts[-1], model.specials), counts[-1] - model.specials - remaining))
@@ -117,16 +118,17 @@ def most_macs_ratio(model, remaining=4):
 
 
 def solve_macs(model, flops_ratio, remaining=4):
-    """The schedule of Eq. (1)'s family whose MACs, by `count_macs`, are a flops_ratio-th of the unmerged model's.
+    """The schedule of Eq. (1)'s family with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model.
 
-    Eq. (1) misses its target, for its exponent F/f - 1 is an approximation, and its floors lose up to a pair a block. Here the
-    exponent is solved for, and what rounding leaves in one block goes to the next; then single pairs are moved while that
-    helps. A block merges at most half of its tokens, and `remaining` patches or more are left. Returns a list with one int a
-    block. Raises ValueError where no such schedule does so few operations.
+    Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the
+    exponent is solved for, and rounding errors carry over to the next block; then single pairs are moved while that helps.
+    A block merges at most half of its tokens, and at least `remaining` patches are left. Returns a list with one int per
+    block. Raises ValueError where no schedule saves so many operations.
     """
     check_flops_ratio(flops_ratio)
-    if isinstance(remaining, bool) or not isinstance(remaining, int) or not 1 <= remaining < model.num_patches:
-        raise ValueError(f"remaining must be an integer from 1 to {model.num_patches - 1}, not {remaining!r}")
+    check_integer("remaining", remaining)
+    if remaining >= model.num_patches:
+        raise ValueError(f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
     depth, start = len(model.blocks), model.num_patches + model.specials
     counts = lambda r: [start - sum(r[:l]) for l in range(depth + 1)]
     plain = macs_of_counts(model, [start] * (depth + 1))
@@ -144,7 +146,7 @@ def solve_macs(model, flops_ratio, remaining=4):
 
     most = most_macs_ratio(model, remaining)
     if flops_ratio > most:
-        raise ValueError(f"no schedule does {flops_ratio:g} times fewer operations and leaves {remaining} patches: {most:.2f} times is the most")
+        raise ValueError(f"flops_ratio {flops_ratio:g} is out of reach: merging down to {remaining} patches reaches {most:.2f} at most")
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
@@ -152,7 +154,8 @@ def solve_macs(model, flops_ratio, remaining=4):
     best = min(curve(low), curve(high), key=miss)
     while True:
         moves = [best[:l] + [best[l] + step] + best[l + 1:] for l in range(depth) for step in (-1, 1)]
-        moves = [r for r in moves if sum(r) <= model.num_patches - remaining and all(0 <= m <= most_merges(n, model.specials) for m, n in zip(r, counts(r)))]
+        moves = [r for r in moves if sum(r) <= model.num_patches - remaining
+                 and all(0 <= m <= most_merges(n, model.specials) for m, n in zip(r, counts(r)))]
         move = min(moves, key=miss, default=best)
         if miss(move) >= miss(best):
             return best
@@ -170,7 +173,7 @@ class Tokens(NamedTuple):
 
 
 def with_sizes(tokens):
-    """The Tokens with their sizes in numbers, ones where that was None."""
+    """The Tokens with explicit sizes: ones where size was None."""
     return tokens if tokens.size is not None else tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=tokens.x.device))
 
 
@@ -185,19 +188,16 @@ class QKV(NamedTuple):
 
 
 def drop_mask(x, rate):
-    """Which elements of x dropout keeps, as bools: 1 - rate of them, to within 2^-16.
-
-    bernoulli_ on a CPU draws element by element, in one thread: a tenth of a small model's training. Here one draw of 64
-    bits serves four elements.
-    """
+    """Which elements of x dropout keeps, as bools: a share of 1 - rate, to within 2^-16."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device) >= rate
+    # on a CPU bernoulli_ draws element by element, a tenth of a small model's training; here 64 bits serve four elements
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
 
-def updated(linear, update):
-    """The plain, frozen nn.Linear whose weight is the linear map's plus the update (out, in), float32, added before rounding."""
+def with_update(linear, update):
+    """The plain, frozen nn.Linear whose weight is that of `linear` plus the update (out, in), added in float32 before rounding."""
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     plain.weight = nn.Parameter((linear.weight.float() + update).to(linear.weight.dtype), requires_grad=False)
     plain.bias = linear.bias
@@ -233,9 +233,9 @@ class LoRALinear(nn.Linear):
         return y + F.linear(low, self.lora_b)
 
     @torch.no_grad()
-    def merged(self):
-        """The plain nn.Linear with W + B A for its weight."""
-        return updated(self, self.lora_b.float() @ self.lora_a.float())
+    def folded(self):
+        """The plain nn.Linear whose weight is W + B A."""
+        return with_update(self, self.lora_b.float() @ self.lora_a.float())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def most_merges(n, specials):
 
 
 def similarities(metric, specials=1):
-    """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf with special tokens, which never merge."""
-    with torch.autocast(metric.device.type, enabled=False):  # in bf16 they would tie
+    """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf for special tokens."""
+    with torch.autocast(metric.device.type, enabled=False):  # in bf16 many would be equal
         metric = F.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].mT
     scores[:, 0] = -math.inf  # the class token is even token 0
@@ -290,13 +290,13 @@ def rows(index, n):
 
 
 def take(x, index):
-    """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). Copying whole rows is far faster than a gather, on a CPU 20 times."""
+    """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). On a CPU copying whole rows is 20 times as fast as a gather."""
     taken = rearrange(x, "b n c -> (b n) c").index_select(0, rows(index, x.shape[1]))
     return rearrange(taken, "(b m) c -> b m c", b=x.shape[0])
 
 
 def add_at(x, index, y):
-    """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); more than one may go to the same."""
+    """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); several may go to the same token."""
     added = rearrange(x, "b n c -> (b n) c").index_add(0, rows(index, x.shape[1]), rearrange(y, "b m c -> (b m) c"))
     return rearrange(added, "(b n) c -> b n c", b=x.shape[0])
 
@@ -304,8 +304,8 @@ def add_at(x, index, y):
 def merge(tokens, matching, modulate=None):
     """Size-weighted merging (ToMe §3): every source is averaged into its destination, each weighted by its size.
 
-    modulate: None, or a function of the weighted (sources, destinations), both (b, r, c) and most similar pair first,
-    that gives the sources to merge instead. The divisor stays the merged size. Returns Tokens with r fewer.
+    modulate: None, or a function (sources, destinations) -> sources, all (b, r, c), weighted by size, the most similar pair
+    first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer.
     """
     x, size, source = tokens
     order, dst = matching
@@ -352,7 +352,7 @@ def modulate(src, dst, w_r, w_d):
 class ToMe(nn.Module):
     """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left.
 
-    A token reducer: a block calls it as reducer(tokens, attention) -> tokens, between attention and MLP.
+    The simplest token reducer; `Block` says what a reducer is.
     """
 
     def __init__(self, r, specials=1):
@@ -362,30 +362,29 @@ class ToMe(nn.Module):
     def tokens_after(self, n):
         return n - min(self.r, most_merges(n, self.specials))
 
-    def match(self, attention):
-        n = attention.k.shape[2]
-        metric = attention.k.mean(dim=1)  # (b, n, d) the heads' mean key
+    def match(self, qkv):
+        n = qkv.k.shape[2]
+        metric = qkv.k.mean(dim=1)  # (b, n, d) the mean key of the heads
         return match(metric, n - self.tokens_after(n), self.specials)
 
-    def forward(self, tokens, attention):
-        if self.tokens_after(tokens.x.shape[1]) == tokens.x.shape[1]:
-            return tokens
-        return merge(tokens, self.match(attention))
+    def forward(self, tokens, qkv):
+        n = tokens.x.shape[1]
+        return tokens if self.tokens_after(n) == n else merge(tokens, self.match(qkv))
 
     def extra_repr(self):
         return f"r={self.r}"
 
 
 class PYRA(ToMe):
-    """ToMe with modulation: w_r has one row a merged pair, in order of similarity, so r is exact and never clamped."""
+    """ToMe with modulation: w_r has one row per merged pair, in order of similarity, so r is exact and never clamped."""
 
     def __init__(self, r, dim, s=1, specials=1):
         super().__init__(r, specials)
         self.w_r = nn.Parameter(torch.empty(r, s).uniform_(-1, 1) / math.sqrt(s))
-        self.w_d = nn.Parameter(torch.zeros(s, dim))  # zero: training starts at ToMe
+        self.w_d = nn.Parameter(torch.zeros(s, dim))  # zeros: training starts at ToMe
 
-    def forward(self, tokens, attention):
-        return merge(tokens, self.match(attention), lambda src, dst: modulate(src, dst, self.w_r, self.w_d))
+    def forward(self, tokens, qkv):
+        return merge(tokens, self.match(qkv), lambda src, dst: modulate(src, dst, self.w_r, self.w_d))
 
     def extra_repr(self):
         return f"r={self.r}, s={self.w_r.shape[1]}"
@@ -396,7 +395,7 @@ class PYRA(ToMe):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the branch for a random part `rate` of the samples."""
+    """Stochastic depth: in training, drops the branch of each sample with probability `rate`."""
 
     def __init__(self, rate):
         super().__init__()
@@ -419,27 +418,30 @@ class PatchEmbed(nn.Module):
         return F.linear(rearrange(images, "b k (y p) (x q) -> b (y x) (k p q)", p=p, q=q), weight, self.proj.bias)
 
 
+def attend(qkv, size=None):
+    """Softmax(q k^T / sqrt(d) + log size) v, (b, h, n, d). With its size as weight, a merged token counts as all that it stands for."""
+    bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
+    if qkv.q.device.type == "cpu" and (torch.is_grad_enabled() or qkv.q.dtype == torch.bfloat16):
+        # on a CPU the fused kernel's backward takes two to five times as long as these lines, and in bf16 its forward 1.1 to 1.6 times
+        q, k, v = (t.contiguous() for t in qkv)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.attend = attend  # replaced by reducers whose sizes carry a gradient, see set_reducers
 
     def project(self, x):
         return QKV(*rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads))
 
     def forward(self, qkv, size=None):
-        """Softmax(q k^T / sqrt(d) + log size) v, projected: with its size as weight, a merged token counts as all it stands for."""
-        bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
-        if qkv.q.device.type == "cpu" and (torch.is_grad_enabled() or qkv.q.dtype == torch.bfloat16):
-            # on a CPU the fused kernel's backward takes two to five times as long as these lines, and in bf16 its forward 1.1 to 1.6 times
-            q, k, v = (t.contiguous() for t in qkv)
-            scores = (q * q.shape[-1] ** -0.5) @ k.mT
-            x = (scores if bias is None else scores + bias).softmax(dim=-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+        return self.proj(rearrange(self.attend(qkv, size), "b h n d -> b n (h d)"))
 
 
 class Mlp(nn.Module):
@@ -452,7 +454,30 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def residual(tokens, u, branch):
+    """How a branch joins the stream: x + branch, (b, n, c). u, the branch's input LN(x), is there for a PEFT that reads it too."""
+    return tokens.x + branch
+
+
 class Block(nn.Module):
+    """A transformer block that reduces its tokens between attention and MLP.
+
+    A PEFT may replace any linear map by its own, and the two joins `peft_attn` and `peft_mlp`, called as
+    join(tokens, u, branch) -> x (b, n, c). What it adds is named peft_..., so that it is trained and saved; a module that
+    adds work for n tokens says how much by `macs(n)`.
+
+    A reducer is a module called as reducer(tokens, qkv) -> Tokens. Besides:
+    - tokens_after(n): how many of n tokens are left, special ones included; raises ValueError where the image decides;
+    - r, settings: what an adapter's file records of it, pairs merged (an int) and anything else (a dict); both optional.
+    Only where they apply:
+    - per_image = True: how many tokens are left depends on the image. A batch is padded with tokens of size 0;
+    - lrs: {parameter name: learning rate} of parameters that have their own, without weight decay;
+    - tokens_expected(n): in training, how many of n tokens (b,) float32 stay, with a gradient; else those of size > 0 count;
+    - budget_weight: the number of tokens is learned, towards a budget of operations whose loss has this weight;
+    - after_step(): called after each step of the optimizer;
+    - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP.
+    """
+
     def __init__(self, dim, num_heads, mlp_ratio, drop_path):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -460,26 +485,19 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.peft_attn = self.peft_mlp = residual
         self.reducer = None
         self.prop_attn = True  # proportional attention: weigh each key by its size
 
-    def attention_branch(self, tokens, qkv):
-        return self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
-
-    def attend(self, tokens):
-        """The block's first half: the Tokens after attention, and the q, k, v that a reducer reads."""
-        qkv = self.attn.project(self.norm1(tokens.x))
-        return tokens._replace(x=tokens.x + self.attention_branch(tokens, qkv)), qkv
-
-    def transform(self, tokens):
-        """The block's second half: the Tokens after the MLP."""
-        return tokens._replace(x=tokens.x + self.drop_path(self.mlp(self.norm2(tokens.x))))
-
     def forward(self, tokens):
-        tokens, qkv = self.attend(tokens)
+        u = self.norm1(tokens.x)
+        qkv = self.attn.project(u)
+        branch = self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
+        tokens = tokens._replace(x=self.peft_attn(tokens, u, branch))
         if self.reducer is not None:
             tokens = self.reducer(tokens, qkv)
-        return self.transform(tokens)
+        u = self.norm2(tokens.x)
+        return tokens._replace(x=self.peft_mlp(tokens, u, self.drop_path(self.mlp(u))))
 
 
 class VisionTransformer(nn.Module):
@@ -511,7 +529,7 @@ class VisionTransformer(nn.Module):
         self.specials = 2 if distilled else 1
         self.checkpoint = False  # in training: keep a block's input alone, and compute the block again in the backward pass
         self.peft = None  # a PEFT other than LoRA: its name and sizes, for `describe`
-        self.merged = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
+        self.folded = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -544,7 +562,7 @@ class VisionTransformer(nn.Module):
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
         return Tokens(x, None, source)
 
-    def through(self, block, tokens):
+    def run_block(self, block, tokens):
         if self.checkpoint and self.training:
             return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
@@ -553,7 +571,7 @@ class VisionTransformer(nn.Module):
         """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
         tokens = self.embed(images)
         for block in self.blocks[:depth]:
-            tokens = self.through(block, tokens)
+            tokens = self.run_block(block, tokens)
         return with_sizes(tokens)
 
     def pool(self, tokens):
@@ -593,10 +611,10 @@ def create_model(name, **kwargs):
 
     kwargs are VisionTransformer's: num_classes=..., drop_path_rate=..., global_pool="avg" for MAE's. Raises ValueError.
     """
-    size = SIZES.get(str(name).split(".")[0])
-    if size is None:
+    size = str(name).split(".")[0]
+    if size not in SIZES:
         raise ValueError(f"no model is called {name!r}; there are {', '.join(SIZES)}")
-    return VisionTransformer(**{**size, **kwargs})
+    return VisionTransformer(**{**SIZES[size], **kwargs})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -604,18 +622,19 @@ def create_model(name, **kwargs):
 
 
 def is_adapter(name):
-    """Whether adaptation trains a parameter of that name: a PEFT's, a reducer's or the class head's (MAE's with its own new norm)."""
+    """Whether adaptation trains the parameter: a PEFT's, a reducer's, or the class head's (with global_pool="avg" also its norm's)."""
     return "lora_" in name or "peft_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
 
 
 def freeze(model):
-    """Freezes the backbone: of all parameters only those of `is_adapter` go on training."""
+    """Freezes the backbone: only the parameters of `is_adapter` are trained. Returns the model."""
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name))
+    return model
 
 
 def check_peft(model, dropout=0.0, **sizes):
-    """What every PEFT asks before any work: positive integers, a rate of dropout, no PEFT yet, for a model takes one. Raises ValueError."""
+    """Checks what every PEFT needs: sizes that are positive integers, a dropout rate, and a model without a PEFT. Raises ValueError."""
     for name, value in sizes.items():
         check_integer(name, value)
     if not 0 <= dropout < 1:
@@ -637,119 +656,97 @@ def add_lora(model, rank=8, dropout=0.1, init="zero"):
         raise ValueError(f"init must be 'zero' or 'published', not {init!r}")
     for block in model.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout, init)
-    model.merged = None
-    freeze(model)
-    return model
+    model.folded = None
+    return freeze(model)
 
 
 def merge_lora(model):
     """Folds LoRA into qkv, W + B A, and removes its tensors: the same logits for less work. Returns the model."""
     for block in model.blocks:
         if isinstance(block.attn.qkv, LoRALinear):
-            block.attn.qkv = block.attn.qkv.merged()
-            model.merged = "LoRA"
+            block.attn.qkv = block.attn.qkv.folded()
+            model.folded = "LoRA"
     return model
 
 
-class PackedLinear(nn.Module):
-    """A frozen linear map, on a CPU, with its weight in the layout that oneDNN computes in, and GELU in the same pass if asked for."""
-
-    def __init__(self, linear, activation="none"):
-        super().__init__()
-        self.in_features, self.out_features, self.activation = linear.in_features, linear.out_features, activation
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque: neither a parameter nor a buffer
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
-
-
-def pack(model):
-    """Makes a model for inference on a CPU, where nn.Linear rearranges its weight at each call: the same logits, to rounding, for less work.
-
-    Last of all, after merge_lora, `.to(dtype)` and whatever reads weights: they can't be saved, moved or exported any more. Returns the model.
-    """
-    plain = all(isinstance(block.attn, Attention) and type(block.mlp) is Mlp and {type(part) for part in (*block.attn.children(), *block.mlp.children())} == {nn.Linear}
-                for block in model.blocks)
-    if not plain or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        raise ValueError("pack is for a model on a CPU, with oneDNN, and with plain linear maps: not packed yet, its LoRA or FacT folded in")
-    for block in model.blocks:
-        block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
-        block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
-    return model.eval()
-
-
 def check_schedule(model, r):
-    """r, an int or one entry a block, as a list of ints with one entry a block. Raises ValueError."""
+    """r, an int or a list, as a list of ints with one entry per block. Raises ValueError."""
     depth = len(model.blocks)
     entries = [r] * depth if isinstance(r, int) else list(r) if isinstance(r, (list, tuple)) else None
     if entries is None:
-        raise ValueError(f"r must be an integer or a list with one a block, not {r!r}")
+        raise ValueError(f"r must be an integer or a list with one entry per block, not {r!r}")
     if len(entries) != depth:
         raise ValueError(f"the schedule has {len(entries)} entries, the model {depth} blocks")
     for i, entry in enumerate(entries):
-        if isinstance(entry, bool) or not isinstance(entry, int):
-            raise ValueError(f"block {i}: r must be an integer, not {entry!r}")
-        if entry < 0:
-            raise ValueError(f"block {i}: r must be at least 0, not {entry}")
+        check_integer(f"block {i}: r", entry, least=0)
     return entries
+
+
+def set_reducers(model, reducers, prop_attn=True, attend=attend):
+    """Gives each block its reducer, or None, in place of the one that it had and of all that came with that one. Returns the model.
+
+    prop_attn, attend: of every block: attention after a reducer depends on the sizes that the reducer gives.
+    """
+    for block, reducer in zip(model.blocks, reducers, strict=True):
+        block.reducer = None if reducer is None else reducer.to(model.pos_embed.device).train(model.training)
+        block.prop_attn, block.attn.attend = prop_attn, attend
+    return model
 
 
 def add_tome(model, r, prop_attn=True):
     """Merges tokens in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r: pairs merged, an int or a list with one entry a block; as in ToMe, a block merges at most half of the tokens that it
+    r: pairs merged, an int or a list with one entry per block; as in ToMe, a block merges at most half of the tokens that it
     gets. prop_attn: proportional attention. Raises ValueError.
     """
-    for block, entry in zip(model.blocks, check_schedule(model, r)):
-        block.reducer = ToMe(entry, model.specials) if entry else None
-        block.prop_attn = prop_attn
-    return model
+    return set_reducers(model, [ToMe(entry, model.specials) if entry else None for entry in check_schedule(model, r)], prop_attn)
 
 
 def add_pyra(model, r, s=1, prop_attn=True):
     """Merges with modulation in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r as in `add_tome`, but an entry that the tokens left can't satisfy is refused: w_r has a row for each merged pair.
+    r as in `add_tome`, but an entry of more than half of the tokens left is refused: w_r has a row for each merged pair.
     s: rank of the generators w_r (r, s) and w_d (s, c). Raises ValueError.
     """
     check_integer("s", s)
     entries = check_schedule(model, r)
     n = model.num_patches + model.specials
     for i, entry in enumerate(entries):
-        if entry > most_merges(n, model.specials):
-            raise ValueError(f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most_merges(n, model.specials)} pairs can")
+        if entry > (most := most_merges(n, model.specials)):
+            raise ValueError(f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
         n -= entry
-    for block, entry in zip(model.blocks, entries):
-        block.reducer = PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None
-        block.prop_attn = prop_attn
-    return model
+    reducers = [PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries]
+    return set_reducers(model, reducers, prop_attn)
 
 
 def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_decay=None):
     """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
 
     Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr.
-    layer_decay: for full fine-tuning (BEiT, MAE), the learning rate's factor from each block to the one below; a group a layer then.
+    Parameters with a learning rate from their reducer (`lrs`) form groups of their names. layer_decay: for full fine-tuning
+    (BEiT, MAE), the learning rate's factor from each block to the one below; then there is one group per layer.
     """
     kinds = {
         "decay": dict(lr=lr, weight_decay=weight_decay),
         "no_decay": dict(lr=lr, weight_decay=0.0),
         "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay),
     }
+    for block in model.blocks:
+        kinds |= {name: dict(lr=own, weight_decay=0.0) for name, own in getattr(block.reducer, "lrs", {}).items()}
     groups = {kind: {} for kind in kinds}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim == 1 or name in ("pos_embed", "cls_token", "dist_token")
-            kind = "modulation" if name.endswith(("reducer.w_r", "reducer.w_d")) else "no_decay" if plain else "decay"
-            above = layers_above(name, len(model.blocks)) if layer_decay is not None else 0
+            own = name.rpartition(".reducer.")[2]
+            plain = p.ndim <= 1 or name in ("pos_embed", "cls_token", "dist_token")
+            kind = own if own in kinds else "modulation" if own in ("w_r", "w_d") else "no_decay" if plain else "decay"
+            above = layers_above(name, len(model.blocks)) if layer_decay is not None and own not in kinds else 0
             groups[kind].setdefault(above, []).append(p)
     return [dict(kinds[kind], name=kind, params=params, lr=kinds[kind]["lr"] * (layer_decay or 1) ** above)
             for kind, layers in groups.items() for above, params in layers.items()]
 
 
 def layers_above(name, depth):
-    """How many layers lie between the parameter of that name and the logits: the embedding's depth + 1, a head's 0."""
+    """How many layers lie between a parameter and the logits: depth + 1 for the embedding's, 0 for a head's."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return depth - int(block[1])
@@ -760,34 +757,46 @@ def layers_above(name, depth):
 # Checkpoints
 
 
-def reason(error):
-    """What an exception says, in a line."""
+def first_line(error):
+    """The first line of an exception's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_atomically(path, write):
-    """write(partial path), then the partial file gets its name: whenever we are killed, `path` is whole, or as it was."""
+    """write(partial path), then rename: whenever the process is killed, `path` is complete or as it was before."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         write(partial)
         os.replace(partial, path)
     except Exception as error:
-        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":  # so a full disk is called by Python, torch and safetensors
+        # a full disk raises any of these in Python, torch and safetensors
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
             raise
-        raise OSError(f"{path} can't be written ({reason(error)}): is the disk full?") from error
+        raise OSError(f"{path} can't be written ({first_line(error)}): is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def check_fit(source, own, given, optional=()):
+    """Raises ValueError unless the tensors `given` have the names and shapes of `own`, {name: tensor}; some names may be optional."""
+    missing = [k for k in own if k not in given and not k.startswith(tuple(optional))]
+    unexpected = [k for k in given if k not in own]
+    misshapen = [f"{k} as {tuple(given[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in given and given[k].shape != own[k].shape]
+    for what, names in (("lacks", missing), ("has the unexpected", unexpected), ("has", misshapen)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{source} doesn't fit the model: it {what} {', '.join(names[:5])}{more}")
+
+
+@torch.no_grad()
 def load_pretrained(model, source):
     """Loads a backbone's weights, strictly. Returns the model.
 
     source: a file, .safetensors, .pth / .pt / .bin (plain, or under "model" or "state_dict"; "module." in front of names is
     removed) or .npz (Google's JAX release); or a timm name on the Hugging Face hub, "vit_base_patch16_224.orig_in21k".
-
-    The heads stay as they are where the file has none or one for another number of classes. The position embedding is
-    resized to the model's grid. With global_pool="avg" the file's final norm isn't used: MAE trains a new fc_norm.
-    Nothing in a file is executed. Raises FileNotFoundError, or ValueError that lists what is missing, unexpected or misshapen.
+    A head stays as it is where the file has none, or one for another number of classes. The position embedding is resized to
+    the model's grid. With global_pool="avg" the file's final norm isn't used: MAE trains a new fc_norm. Nothing in a file is
+    executed. Raises FileNotFoundError, or ValueError that lists what is missing, unexpected or misshapen.
     """
     weights = read_checkpoint(source)
     if "blocks.0.norm1.weight" not in weights and "embedding/kernel" in {k.removeprefix("opt/target/") for k in weights}:
@@ -803,15 +812,9 @@ def load_pretrained(model, source):
     if "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model)
 
-    missing = [k for k in own if k not in weights and not k.startswith(("head.", "head_dist.", "fc_norm."))]
-    unexpected = [k for k in weights if k not in own]
-    misshapen = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own if k in weights and weights[k].shape != own[k].shape]
-    for what, names in (("lacks", missing), ("has the unexpected", unexpected), ("has the wrong shape of", misshapen)):
-        if names:
-            raise ValueError(f"{source} doesn't fit the model: it {what} {', '.join(names)}")
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
+    check_fit(source, own, weights, optional=("head.", "head_dist.", "fc_norm."))
+    for name, value in weights.items():
+        own[name].copy_(value)
     return model
 
 
@@ -822,28 +825,25 @@ def read_checkpoint(source):
         if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
             raise ValueError(f"weights must be a .safetensors, .pth, .pt, .bin or .npz file or a name on the hub, not {path!r}")
         from huggingface_hub import hf_hub_download
-
         try:
             path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
-            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {reason(error)}") from error
+            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error)}") from error
         suffix = ".safetensors"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     try:
         if suffix == ".safetensors":
             from safetensors.torch import load_file
-
             weights = load_file(path)
         elif suffix == ".npz":
             import numpy as np
-
             with np.load(path, allow_pickle=False) as arrays:
                 weights = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or pickled code
-        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {reason(error)}") from error
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {first_line(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
@@ -860,8 +860,8 @@ def from_google(arrays):
     def move(old, new, pattern=None):
         for part in ("kernel", "scale", "bias"):
             if f"{old}/{part}" in arrays:
-                value = arrays.pop(f"{old}/{part}")
-                renamed[f"{new}.{'bias' if part == 'bias' else 'weight'}"] = rearrange(value, pattern) if pattern and part == "kernel" else value
+                value, kind = arrays.pop(f"{old}/{part}"), "bias" if part == "bias" else "weight"
+                renamed[f"{new}.{kind}"] = rearrange(value, pattern) if pattern and part == "kernel" else value
 
     for old, new in (("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed")):
         if old in arrays:
@@ -884,7 +884,7 @@ def from_google(arrays):
             kernels, biases = ([arrays.pop(f"{part}/{kind}") for part in parts] for kind in ("kernel", "bias"))
             renamed[f"{new}.attn.qkv.weight"] = rearrange(kernels, "three i h d -> (three h d) i")
             renamed[f"{new}.attn.qkv.bias"] = rearrange(biases, "three h d -> (three h d)")
-    return {**renamed, **arrays}  # what is left has no place: load_pretrained lists it
+    return {**renamed, **arrays}  # load_pretrained refuses what is left
 
 
 def resize_pos_embed(pos_embed, model):
@@ -903,7 +903,7 @@ def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
     qkv = model.blocks[0].attn.qkv
     reducers = [block.reducer for block in model.blocks]
-    settings = [getattr(reducer, "settings", None) for reducer in reducers]  # a reducer's other than r, where it has any
+    settings = [getattr(reducer, "settings", None) for reducer in reducers]
     frozen = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist."):
@@ -912,7 +912,8 @@ def describe(model):
             frozen.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     fields = dict(
         img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
+        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled,
+        global_pool=model.global_pool,
         lora_rank=qkv.lora_a.shape[0] if isinstance(qkv, LoRALinear) else 0,
         peft=model.peft,
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
@@ -926,14 +927,13 @@ def describe(model):
 
 
 def save_adapter(model, path):
-    """Writes what was trained, and only that, as safetensors, with what it fits in the metadata (see `describe`).
+    """Writes the trained parameters, and only them, as safetensors, with what they fit in the metadata (see `describe`).
 
-    Raises ValueError where the PEFT was folded in already or nothing was trained.
+    Raises ValueError where the PEFT was folded in already or nothing is trained.
     """
     from safetensors.torch import save_file
-
-    if model.merged:
-        raise ValueError(f"{model.merged} was folded into the backbone: save the adapter before merge_{model.merged.lower()}")
+    if model.folded:
+        raise ValueError(f"{model.folded} was folded into the backbone: save the adapter before folding")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     if not tensors:
         raise ValueError("the model has no trained parameters to save")
@@ -941,91 +941,31 @@ def save_adapter(model, path):
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
+@torch.no_grad()
 def load_adapter(model, path):
     """Loads what save_adapter wrote into a model with the same backbone, PEFT, reducers and classes. Returns the model.
 
     Raises FileNotFoundError, or ValueError naming what differs; the model is left as it was then.
     """
     from safetensors import safe_open
-
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no adapter {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a safetensors file: {reason(error)}") from error
+        raise ValueError(f"{path} can't be read as a safetensors file: {first_line(error)}") from error
     if metadata.get("format") != "pyra-adapter":
-        raise ValueError(f"{path} is no adapter: save_adapter did not write it")
+        raise ValueError(f"{path} is not an adapter that save_adapter wrote")
     for key, value in describe(model).items():
-        if metadata.get(key, "null") != value:  # what an older file does not name, it did not have
-            if key == "backbone":
-                raise ValueError(f"{path} was trained on another backbone: the frozen weights differ")
-            raise ValueError(f"{path} doesn't fit the model: its {key} is {metadata.get(key)}, the model's {value}")
+        if metadata.get(key, "null") != value:  # an older version had none of the settings that its file lacks
+            differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {metadata.get(key)}, the model's {value}"
+            raise ValueError(f"{path} doesn't fit the model: {differs}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    unpaired = sorted(trained.keys() ^ tensors.keys())
-    if unpaired:
-        raise ValueError(f"{path} doesn't fit the model: only one of the two has {', '.join(unpaired)}")
-    misshapen = [name for name, p in trained.items() if p.shape != tensors[name].shape]
-    if misshapen:
-        raise ValueError(f"{path} doesn't fit the model: the shapes differ of {', '.join(misshapen)}")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[name])
+    check_fit(path, trained, tensors)
+    for name, p in trained.items():
+        p.copy_(tensors[name])
     return model
-
-
-class FromPixels(nn.Module):
-    """uint8 images (b, 3, h, w) -> normalised, float32. mean, std: three numbers each, of pixels scaled to [0, 1]."""
-
-    def __init__(self, mean, std):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
-
-    def forward(self, images):
-        return (images.float() / 255 - self.mean) / self.std
-
-
-@torch.no_grad()
-def export_onnx(model, path, mean, std):
-    """Writes the model for serving without PyTorch: one ONNX file, with normalisation, merging and modulation inside, LoRA folded in.
-
-    Input "images": uint8 (b, 3, img_size, img_size), RGB, any b. Output "logits": float32 (b, num_classes).
-    mean, std: three numbers each, of pixels scaled to [0, 1], as in training; no default suits every backbone.
-    The model stays as it is. Raises ImportError without onnxscript, ValueError.
-    """
-    for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):
-            raise ValueError(f"{name} must be three numbers from 0 to 1, of pixels scaled to [0, 1], not {values!r}")
-    if 0 in std:
-        raise ValueError(f"std must be greater than 0, not {std!r}")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise ValueError(f"there is no folder for {str(path)!r}")
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("the model is packed for this CPU: export it before pack")
-    token_counts(model)  # refuses ATS and LTMP, whose tensors are as long as an image has it
-    try:
-        from onnxscript import opset18 as op
-    except ImportError as error:
-        raise ImportError("export_onnx needs onnxscript: pip install onnxscript") from error
-
-    def stable_sort(x, stable, dim=-1, descending=False):  # the exporter has none, but ONNX's TopK is stable
-        return op.TopK(x, op.Gather(op.Shape(x), [dim]), axis=dim, largest=descending)
-
-    def index_add(x, dim, index, y):  # the exporter's own, ScatterND, now and then loses a sum in onnxruntime with more than one thread
-        assert dim == 0 and len(y.shape) == 2  # add_at's
-        return op.ScatterElements(x, op.Expand(op.Unsqueeze(index, 1), op.Shape(y)), y, axis=0, reduction="add")
-
-    pipeline = nn.Sequential(FromPixels(mean, std), merge_lora(copy.deepcopy(model).float().cpu())).eval()
-    images = torch.zeros(2, 3, model.img_size, model.img_size, dtype=torch.uint8)  # two: an axis of one would be taken for fixed
-    program = torch.onnx.export(
-        pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
-        custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},
-    )
-    for node in program.model.graph:
-        node.metadata_props.clear()  # stack traces, with this machine's paths
-    write_atomically(path, lambda partial: program.save(str(partial)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1040,16 +980,8 @@ def token_counts(model):
     return counts
 
 
-def counts_of_schedule(model, r):
-    """The same for merging by the schedule r, a list with one entry a block, that clamps as ToMe does."""
-    counts = [model.num_patches + model.specials]
-    for entry in r:
-        counts.append(counts[-1] - min(entry, most_merges(counts[-1], model.specials)))
-    return counts
-
-
 def macs_of_counts(model, counts):
-    """Multiply-accumulates of one image's forward pass with these tokens before the first block and after each; see count_macs."""
+    """Multiply-accumulates of one image's forward pass with so many tokens before the first block and after each; see count_macs."""
     c = model.embed_dim
     macs = model.num_patches * c * 3 * model.patch_size**2 + c * model.num_classes
     for block, n, m in zip(model.blocks, counts, counts[1:]):

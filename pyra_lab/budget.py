@@ -18,9 +18,17 @@ def schedule(config, model):
     return pyra.check_schedule(model, r)
 
 
+def counts_of_schedule(model, r):
+    """Tokens before the first block and after each when merging by the schedule r, clamped as ToMe does it: a list of depth + 1 ints."""
+    counts = [model.num_patches + model.specials]
+    for entry in r:
+        counts.append(counts[-1] - min(entry, pyra.most_merges(counts[-1], model.specials)))
+    return counts
+
+
 def target_macs(config, model):
     """Multiply-accumulates of the unpruned model when merged at the config's rate: every other method is held to this number. Raises ValueError."""
-    return pyra.macs_of_counts(model, pyra.counts_of_schedule(model, schedule(config, model)))
+    return pyra.macs_of_counts(model, counts_of_schedule(model, schedule(config, model)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def add_ats(model, counts):
 def ats_counts(model, r):
     """add_ats's counts such that no block keeps more tokens than the merging schedule r leaves; it may keep fewer. Raises ValueError."""
     r = pyra.check_schedule(model, r)
-    return [n if entry else None for entry, n in zip(r, pyra.counts_of_schedule(model, r)[1:])]
+    return [n if entry else None for entry, n in zip(r, budget.counts_of_schedule(model, r)[1:])]
 
 
 def scaled_counts(model, config, exponent):
