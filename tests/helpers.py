@@ -1,5 +1,6 @@
 """The small, random models and tasks that several test files share."""
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -7,16 +8,25 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import pyra
+from pyra_lab import backbones
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real images and weights, where they are at hand
 TINY = dict(img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2.0, num_classes=5)  # 36 patches
 R = [10, 6, 3]
 HIGH = [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+BACKBONE = "vit_tests_patch4_24"  # TINY, as a backbone that a Config may name: see add_backbone
+SMALL = dict(backbone=BACKBONE, weights="none", rate=R, epochs=3, warmup=1, batch_size=8, lr=5e-3, modulation_lr=2e-3, eval_every=2, device="cpu", dtype="float32")
+ONE_STEP = {**SMALL, "epochs": 1, "warmup": 0, "batch_size": 64, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0}  # all 21 images at once
+UNREAD = "blocks.2.reducer"  # gets no gradient: nothing that the last block merges reaches the class token
 
 
 @torch.no_grad()
@@ -34,8 +44,8 @@ def tiny(seed=0, **kwargs):
     return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
 
 
-def batch(b=3, seed=0):
-    return torch.randn(b, 3, 24, 24, generator=torch.Generator().manual_seed(100 + seed))
+def batch(b=3, img_size=24, seed=0):
+    return torch.randn(b, 3, img_size, img_size, generator=torch.Generator().manual_seed(100 + seed))
 
 
 def numbers(*shape, seed=0):
@@ -116,3 +126,93 @@ def quiet(call, *args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*args, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def add_backbone(setitem=dict.__setitem__):
+    """Adds BACKBONE to the tables; its rate has to be a list or a number, as the paper's lists are for 196 patches."""
+    setitem(pyra.SIZES, BACKBONE, {name: size for name, size in TINY.items() if name != "num_classes"})
+    setitem(backbones.BACKBONES, BACKBONE, dict(weights="none", norm="half", lora_rank=4, batch_size=8))
+    setitem(backbones.MODULATION_LRS, BACKBONE, [1e-4])
+
+
+def adapter(result):
+    return load_file(Path(result.folder) / "adapter.safetensors")
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_seconds(history):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+def files_in(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def assert_same_run(result, reference):
+    """Two runs gave the same, bit for bit."""
+    assert identical(adapter(result), adapter(reference))
+    assert without_seconds(result.history) == without_seconds(reference.history)
+    for name in ("accuracy_last", "accuracy_best", "best_epoch", "macs", "token_counts", "trained", "plan", "metrics"):
+        assert getattr(result, name) == getattr(reference, name), name
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def interrupted_at(number):
+    """Raises Interrupted in training step `number`, from 0, before the optimizer changes anything; the block must not go further."""
+    done = []
+
+    def hook(optimizer, args, kwargs):
+        if isinstance(optimizer, torch.optim.AdamW):
+            if len(done) == number:
+                raise Interrupted
+            done.append(1)
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        with pytest.raises(Interrupted):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def watch_steps():
+    """Yields a list that gets {group's name: (lr, weight_decay, parameters)} in each training step."""
+    steps = []
+
+    def hook(optimizer, args, kwargs):
+        if isinstance(optimizer, torch.optim.AdamW):
+            steps.append({g["name"]: (g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in optimizer.param_groups})
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def watch_batches():
+    """Yields a list that gets (whether it trains, its normalised images) whenever a model embeds a batch."""
+    batches = []
+
+    def hook(module, args):
+        if isinstance(module, pyra.PatchEmbed):
+            batches.append((module.training, args[0]))
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield batches
+    finally:
+        handle.remove()

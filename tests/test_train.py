@@ -607,26 +607,6 @@ def test_refused_files_and_nothing_written(task, tmp_path, monkeypatch, broken):
     assert not runs.exists()
 
 
-def test_write_atomically(tmp_path):
-    path = tmp_path / "file"
-
-    def fails(partial):
-        assert partial != path
-        partial.write_text("half of the n")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        pyra.write_atomically(path, fails)
-    assert files_in(tmp_path) == []
-    pyra.write_atomically(path, lambda partial: partial.write_text("old"))
-    assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
-    with pytest.raises(OSError, match="no space left"):
-        pyra.write_atomically(path, fails)
-    assert path.read_text() == "old" and files_in(tmp_path) == ["file"]
-    pyra.write_atomically(path, lambda partial: partial.write_text("new"))
-    assert path.read_text() == "new" and files_in(tmp_path) == ["file"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: defaults and id
 

@@ -1,17 +1,17 @@
-"""Pre-trains the small ViT that this repository ships: `python data/pretrain.py --minutes 28`.
+"""Pre-trains the small ViT that this repository ships: `python -m pyra_lab.pretrain --minutes 28`.
 
 vit_nano_patch4_56 has the paper's geometry (depth 12, 14 x 14 patches and a class token) at a width of 96, so that every schedule of the
-paper applies to it as printed, and adapting it takes a CPU's minute. It learns from scenes drawn here, whose factors are known:
-from the class token, linear heads read the largest object's shape, fill, hue, size, place and angle, the number of objects, the background,
-and the way to the second object; from each patch, which object lies there. Nothing of the tasks in tasks.py is learned as such, though
-the outlines of the sprites are the same.
+paper applies to it as printed, and adapting it takes a minute on a CPU. It learns from scenes drawn here, whose factors are known.
+Linear heads on the class token predict the largest object's shape, fill, hue, size, place and angle, the number of objects, the
+background, and distance and direction of the second object; heads on each patch, which object lies there. The sprites tasks have the
+same outlines, but their questions are not among these.
 
-For most of the run each image shows a random subset of its patches, which costs a fraction and does no harm; all of them at the end.
+For most of the run the model sees a random subset of each image's patches, which costs a fraction and does no harm; at the end all.
 """
+
 import argparse
 import json
 import math
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,27 +23,29 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyra
-from tasks import ORIENTED, SHAPES, coverage, hsv, normalize
+from pyra_lab import files
+from pyra_lab.images import normalize
+from pyra_lab.sprites import ORIENTED, SHAPES, hsv_to_rgb, rasterize
 
 SIZE, PATCH = 56, 4
-IGNORE = -1  # the label of a question that makes no sense for an image, as the angle of a disc
+IGNORE = -1  # the label of a question that has no answer for an image, such as the angle of a disc
 OBJECTS = 6  # at most
 
-# What is asked of the class token: question -> number of answers.
+# Questions that the class token answers: question -> number of answers.
 QUESTIONS = {
     "shape": len(SHAPES), "fill": 5, "hue": 9, "size": 5, "column": 7, "row": 7, "angle": 12, "count": OBJECTS,
     "background": 6, "second_shape": len(SHAPES), "second_distance": 5, "second_direction": 8,
 }
-# What is asked of each patch, of what lies at its centre: shape, hue and rank of the object (the last answer is "background"), and its angle.
+# Questions that each patch answers about the object at its centre: shape, hue and rank (the last answer is "background"), and angle.
 PATCH_QUESTIONS = {"patch_shape": len(SHAPES) + 1, "patch_hue": 9 + 1, "patch_rank": 3 + 1, "patch_angle": 12}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Scenes
 
-def texture(kind, rng, size):
+
+def draw_textures(kind, rng, size):
     """(n,) kinds -> patterns (n, size, size) float32 in [0, 1]: 0 plain, 1 ramp, 2 stripes, 3 checks, 4 dots, 5 clouds."""
     n = len(kind)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, n, 1, 1)).astype(np.float32)
@@ -75,7 +77,8 @@ def draw_scenes(n, seed):
     angle = rng.uniform(0, 2 * np.pi, (n, OBJECTS))
     # The first object is the largest by a quarter at least, the second comes next. The last drawn lie on top: so they are drawn in reverse.
     largest = rng.uniform(7, 17, n)
-    radius = largest[:, None] * np.where(slot == 0, 1, np.where(slot == 1, rng.uniform(0.6, 0.8, (n, 1)), rng.uniform(0.3, 0.58, (n, OBJECTS))))
+    ratio = np.where(slot == 1, rng.uniform(0.6, 0.8, (n, 1)), rng.uniform(0.3, 0.58, (n, OBJECTS)))
+    radius = largest[:, None] * np.where(slot == 0, 1, ratio)
     radius = np.maximum(radius, 2.2)
     # Of a few random places each object takes the one farthest from those already placed.
     margin = np.minimum(radius * 0.7, 10)
@@ -83,7 +86,8 @@ def draw_scenes(n, seed):
     for i in range(OBJECTS):
         tries = margin[:, i, None, None] + rng.random((n, 8, 2)) * (SIZE - 2 * margin[:, i, None, None])
         if i:
-            gap = np.hypot(tries[:, :, 0, None] - x[:, None, :i], tries[:, :, 1, None] - y[:, None, :i]) - radius[:, None, :i] - radius[:, i, None, None]
+            distance = np.hypot(tries[:, :, 0, None] - x[:, None, :i], tries[:, :, 1, None] - y[:, None, :i])
+            gap = distance - radius[:, None, :i] - radius[:, i, None, None]
             best = np.minimum(gap.min(-1), 1).argmax(1)  # the first that is free, so places stay random
         else:
             best = np.zeros(n, int)
@@ -94,16 +98,17 @@ def draw_scenes(n, seed):
     plain = rng.random(n) < 0.6  # outlines are learned from simple scenes first
     ground[plain], fill[plain] = ground[plain] % 2, 0
     dark = rng.random((n, 1)) < 0.5
-    ends = hsv(rng.random((n, 2)), rng.uniform(0, 1, (n, 2)), np.where(dark, rng.uniform(0, 0.42, (n, 2)), rng.uniform(0.58, 1, (n, 2))))
+    hues, saturations = rng.random((n, 2)), rng.uniform(0, 1, (n, 2))
+    ends = hsv_to_rgb(hues, saturations, np.where(dark, rng.uniform(0, 0.42, (n, 2)), rng.uniform(0.58, 1, (n, 2))))
     ends = np.where(dark[..., None], ends, 0.55 + 0.45 * ends).astype(np.float32)
     hue_bin = rng.integers(9, size=(n, OBJECTS))
     hue = (hue_bin + rng.uniform(-0.35, 0.35, (n, OBJECTS))) / 8
     value = np.where(dark, rng.uniform(0.7, 1, (n, OBJECTS)), rng.uniform(0.15, 0.4, (n, OBJECTS)))
     saturation = np.where(hue_bin == 8, 0, rng.uniform(0.5, 1, (n, OBJECTS)))
-    first = hsv(hue % 1, saturation, value).astype(np.float32)
+    first = hsv_to_rgb(hue % 1, saturation, value).astype(np.float32)
     second = first + np.where(dark, 1, -1)[..., None] * -0.45 * first  # fills alternate between a colour and a darker one
 
-    blend = texture(ground, rng, SIZE)[..., None]
+    blend = draw_textures(ground, rng, SIZE)[..., None]
     canvas = (ends[:, 0, None, None] + (ends[:, 1] - ends[:, 0])[:, None, None] * blend).astype(np.float32)
     centres = slice(PATCH // 2, None, PATCH)
     patch_shape = np.full((n, SIZE // PATCH, SIZE // PATCH), len(SHAPES))
@@ -114,8 +119,8 @@ def draw_scenes(n, seed):
         m = np.flatnonzero(count > i)
         if not len(m):
             continue
-        alpha = coverage(shape[m, i], x[m, i], y[m, i], radius[m, i], angle[m, i], SIZE)
-        blend = texture(fill[m, i], rng, SIZE)[..., None]
+        alpha = rasterize(shape[m, i], x[m, i], y[m, i], radius[m, i], angle[m, i], SIZE)
+        blend = draw_textures(fill[m, i], rng, SIZE)[..., None]
         paint = first[m, i, None, None] + (second[m, i] - first[m, i])[:, None, None] * blend
         canvas[m] += alpha[..., None] * (paint - canvas[m])
         there = alpha[:, centres, centres] > 0.5
@@ -123,7 +128,8 @@ def draw_scenes(n, seed):
         patch_hue[m] = np.where(there, hue_bin[m, i, None, None], patch_hue[m])
         patch_rank[m] = np.where(there, min(i, 2), patch_rank[m])
         patch_angle[m] = np.where(there, answer_angle[m, i, None, None], patch_angle[m])
-    canvas += rng.normal(0, 1, canvas.shape).astype(np.float32) * np.where(plain, 0.015, rng.uniform(0, 0.06, n))[:, None, None, None].astype(np.float32)
+    noise = rng.normal(0, 1, canvas.shape).astype(np.float32)
+    canvas += noise * np.where(plain, 0.015, rng.uniform(0, 0.06, n))[:, None, None, None].astype(np.float32)
 
     dx, dy = x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]
     two = count > 1
@@ -131,9 +137,11 @@ def draw_scenes(n, seed):
         shape=shape[:, 0], fill=fill[:, 0], hue=hue_bin[:, 0], size=np.minimum((largest - 7) // 2, 4),
         column=np.minimum(x[:, 0] // 8, 6), row=np.minimum(y[:, 0] // 8, 6),
         angle=answer_angle[:, 0], count=count - 1, background=ground,
-        second_shape=np.where(two, shape[:, 1], IGNORE), second_distance=np.where(two, np.digitize(np.hypot(dx, dy), [14, 20, 26, 32]), IGNORE),
+        second_shape=np.where(two, shape[:, 1], IGNORE),
+        second_distance=np.where(two, np.digitize(np.hypot(dx, dy), [14, 20, 26, 32]), IGNORE),
         second_direction=np.where(two, turn(np.arctan2(dy, dx), 8), IGNORE),
-        patch_shape=patch_shape.reshape(n, -1), patch_hue=patch_hue.reshape(n, -1), patch_rank=patch_rank.reshape(n, -1), patch_angle=patch_angle.reshape(n, -1))
+        patch_shape=patch_shape.reshape(n, -1), patch_hue=patch_hue.reshape(n, -1),
+        patch_rank=patch_rank.reshape(n, -1), patch_angle=patch_angle.reshape(n, -1))
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), {k: v.astype(np.int8) for k, v in answers.items()}
 
 
@@ -146,14 +154,15 @@ def draw_many(n, seed, workers):
     return images, {k: torch.from_numpy(np.concatenate([p[1][k] for p in parts])) for k in parts[0][1]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
+
 
 def build():
     """The backbone, and one linear head for all the class token's questions, one for the patches'."""
     model = pyra.VisionTransformer(img_size=SIZE, patch_size=PATCH, embed_dim=96, depth=12, num_heads=3, num_classes=0)
-    # So short a training depends on where it starts. Sines tell places apart; queries that resemble keys, and a projection that takes back a
-    # part of the value, are what trained ViTs come to (Trockman & Kolter, 2023): a token starts by looking at its like and its neighbours.
+    # A training this short depends on the initialisation. Sines tell places apart. Queries that resemble keys, and a projection that
+    # subtracts part of the value, are what trained ViTs end up with (Trockman & Kolter, 2023): a token attends to similar and near ones.
     for block in model.blocks:
         key, value = torch.randn(96, 96) / 96 ** 0.5, nn.init.orthogonal_(torch.empty(96, 96))
         noise = lambda: torch.randn(96, 96) * 0.3 / 96 ** 0.5
@@ -191,15 +200,15 @@ def choose_patches(patch_shape, k):
     return (torch.rand_like(near) + 0.6 * near).topk(k, 1).indices
 
 
-def loss_of(logits, answers, questions):
+def compute_loss(logits, answers, questions):
     parts = logits.float().split(list(questions.values()), -1)
-    losses = [F.cross_entropy(part.flatten(0, -2), answers[name].flatten().long(), ignore_index=IGNORE) for name, part in zip(questions, parts)]
-    return sum(losses) / len(losses)
+    targets = [answers[name].flatten().long() for name in questions]
+    return sum(F.cross_entropy(part.flatten(0, -2), target, ignore_index=IGNORE) for part, target in zip(parts, targets)) / len(parts)
 
 
 @torch.no_grad()
-def accuracy(model, heads, images, answers, device):
-    """Share of right answers, all patches shown: {question: float}."""
+def measure_accuracy(model, heads, images, answers, device):
+    """Share of correct answers, all patches shown: {question: float}."""
     right = {}
     for i in range(0, len(images), 100):
         with torch.autocast(device, torch.bfloat16):
@@ -212,10 +221,11 @@ def accuracy(model, heads, images, answers, device):
 
 
 def save(model, path, **metadata):
-    """The backbone as float16, complete before it has its name."""
+    """Writes the backbone as float16, atomically."""
     state = {name: p.detach().half().contiguous().cpu() for name, p in model.state_dict().items()}
-    metadata = {"model": "vit_nano_patch4_56", "norm": "half", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}}
-    pyra.write_atomically(path, lambda partial: save_file(state, partial, metadata))
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    metadata = {"model": "vit_nano_patch4_56", "norm": "half", **texts}
+    files.write_atomically(path, lambda partial: save_file(state, partial, metadata))
 
 
 def train(rank, args, images, answers):
@@ -245,12 +255,12 @@ def train(rank, args, images, answers):
             group["lr"] = args.lr * min(1, (progress + 1e-4) / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
         with torch.autocast(device, torch.bfloat16):
             image_logits, patch_logits = forward(model, heads, normalize(images[index].to(device), "half"), keep)
-        image_loss, patch_loss = loss_of(image_logits, batch, QUESTIONS), loss_of(patch_logits, batch, PATCH_QUESTIONS)
+        image_loss, patch_loss = compute_loss(image_logits, batch, QUESTIONS), compute_loss(patch_logits, batch, PATCH_QUESTIONS)
         optimizer.zero_grad()
         (image_loss + patch_loss).backward()
         step, seen = step + 1, seen + args.batch
         progress = step / args.steps if args.steps else (time.time() - start) / (60 * args.minutes)
-        if args.workers > 1:  # one message: the gradients, and how far each worker believes to be
+        if args.workers > 1:  # one message: the gradients, and how far each worker's clock says it is
             message = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([progress])])
             torch.distributed.all_reduce(message)
             message /= args.workers
@@ -264,19 +274,22 @@ def train(rank, args, images, answers):
             average = losses if average is None else 0.98 * average + 0.02 * losses
             if time.time() - printed > 20:
                 printed = time.time()
-                print(f"{(printed - start) / 60:5.1f} min  step {step}  {seen / (printed - start):.0f} images/s  loss {average[0]:.3f} {average[1]:.3f}", flush=True)
+                rate = seen / (printed - start)
+                losses = f"{average[0]:.3f} {average[1]:.3f}"
+                print(f"{(printed - start) / 60:5.1f} min  step {step}  {rate:.0f} images/s  loss {losses}", flush=True)
             if time.time() - saved > 240:
                 saved = time.time()
-                print(accuracy(model, heads, held_images[:500], held, device), flush=True)
+                print(measure_accuracy(model, heads, held_images[:500], held, device), flush=True)
                 save(model, f"{args.out}.unfinished", progress=round(progress, 3))
     if rank == 0:
-        minutes, found = (time.time() - start) / 60, accuracy(model, heads, held_images, held, device)
-        recipe = f"data/pretrain.py: {seen} drawn scenes of {len(images)}, {step} steps of {args.batch}, lr {args.lr}, {minutes:.1f} minutes with {args.workers} worker(s) on {device}"
+        minutes, found = (time.time() - start) / 60, measure_accuracy(model, heads, held_images, held, device)
+        recipe = (f"pyra_lab.pretrain: {seen} drawn scenes of {len(images)}, {step} steps of {args.batch}, lr {args.lr}, "
+                  f"{minutes:.1f} minutes with {args.workers} worker(s) on {device}")
         common = {name: round((a[a != IGNORE].long().bincount().max() / (a != IGNORE).sum()).item(), 4) for name, a in held.items()}
         save(model, args.out, recipe=recipe, accuracy=found, commonest_answer=common)
         print(recipe)
         for name, value in found.items():
-            print(f"{name:18s} {100 * value:5.1f} %   the commonest answer {100 * common[name]:5.1f} %")
+            print(f"{name:18s} {100 * value:5.1f} %   most common answer {100 * common[name]:5.1f} %")
         print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB", flush=True)
     if args.workers > 1:
         torch.distributed.barrier()
@@ -284,13 +297,14 @@ def train(rank, args, images, answers):
 
 
 def main():
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default=str(here / "vit_nano_patch4_56.safetensors"), help="where the backbone is written")
-    parser.add_argument("--minutes", type=float, default=28, help="length of the training, if --steps is not given")
-    parser.add_argument("--steps", type=int, default=0, help="length of the training in steps; 0: --minutes counts")
+    out = files.home() / "data" / "vit_nano_patch4_56.safetensors"
+    parser = argparse.ArgumentParser(
+        "python -m pyra_lab.pretrain", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default=str(out), help="where the backbone is written")
+    parser.add_argument("--minutes", type=float, default=28, help="length of the training, unless --steps is given")
+    parser.add_argument("--steps", type=int, default=0, help="length of the training in steps; 0: as long as --minutes says")
     parser.add_argument("--scenes", type=int, default=80000, help="scenes drawn before training")
-    parser.add_argument("--batch", type=int, default=64, help="scenes a step, over all workers")
+    parser.add_argument("--batch", type=int, default=64, help="scenes per step, over all workers")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--workers", type=int, default=2, help="processes that train together; 1 on a GPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -298,6 +312,7 @@ def main():
     args = parser.parse_args()
     if args.device != "cpu":
         args.workers = 1
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     images, answers = draw_many(args.scenes, 0, max(args.workers, 2))
     print(f"drew {len(images)} scenes in {time.time() - start:.0f} s", flush=True)

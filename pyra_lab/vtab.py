@@ -1,0 +1,228 @@
+"""VTAB-1k's 19 tasks: Table 1 of the paper's supplement as data, and the check of a folder of VTAB-1k against it."""
+
+import functools
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from pyra_lab import images, layouts
+
+# Table 1: name -> (group, classes, test images). Train has 800 images and val 200, always.
+VTAB = {
+    "cifar100": ("Natural", 100, 10000),
+    "caltech101": ("Natural", 102, 6084),
+    "dtd": ("Natural", 47, 1880),
+    "oxford_flowers102": ("Natural", 102, 6149),
+    "oxford_pet": ("Natural", 37, 3669),
+    "svhn": ("Natural", 10, 26032),
+    "sun397": ("Natural", 397, 21750),
+    "patch_camelyon": ("Specialized", 2, 32768),
+    "eurosat": ("Specialized", 10, 5400),
+    "resisc45": ("Specialized", 45, 6300),
+    "diabetic_retinopathy": ("Specialized", 5, 42670),
+    "clevr_count": ("Structured", 8, 15000),
+    "clevr_dist": ("Structured", 6, 15000),
+    "dmlab": ("Structured", 6, 22735),
+    "kitti": ("Structured", 4, 711),
+    "dsprites_loc": ("Structured", 16, 73728),
+    "dsprites_ori": ("Structured", 16, 73728),
+    "smallnorb_azi": ("Structured", 18, 12150),
+    "smallnorb_ele": ("Structured", 9, 12150),
+}
+
+# Other exporters' and loaders' names for the same tasks; also accepted as folder names.
+ALIASES = {
+    "cifar": "cifar100", "caltech": "caltech101", "flowers102": "oxford_flowers102", "oxford_iiit_pet": "oxford_pet",
+    "pets": "oxford_pet", "camelyon": "patch_camelyon", "resisc": "resisc45", "retinopathy": "diabetic_retinopathy",
+    "clevr_distance": "clevr_dist", "dsprites_location": "dsprites_loc", "dsprites_orientation": "dsprites_ori",
+    "smallnorb_azimuth": "smallnorb_azi", "smallnorb_elevation": "smallnorb_ele",
+}
+
+# Tasks with images so small or sharp that JPEG degrades them visibly.
+LOSSLESS = ("cifar100", "svhn", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele")
+
+
+def split_sizes(name):
+    """Images in each split of one of the 19: {split: number}."""
+    return {"train800": 800, "val200": 200, "train800val200": 1000, "test": VTAB[name][2]}
+
+
+def list_names(name):
+    """A task's name and its aliases, which are the names that its folder may have."""
+    return [name] + [alias for alias, task in ALIASES.items() if task == name]
+
+
+def find_folder(name, root):
+    """The folder of a task in root, under any of its names; None where there is none."""
+    return next((root / folder for folder in list_names(name) if name and (root / folder).is_dir()), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+class Finding(NamedTuple):
+    """One fault of a task that check found, or a note."""
+    kind: str  # task, list, line, count, class, label, union, duplicate, overlap, missing, unreadable; or note, which is no fault
+    text: str  # what is wrong, with the list and the line if it is about one
+
+
+def examine_file(file, decode):
+    """A file -> (digest of its bytes, whether they are a JPEG, why the image can't be read or None)."""
+    try:
+        data = Path(file).read_bytes()
+        if decode:
+            images.read_image(file)
+    except (OSError, ValueError) as error:
+        return None, False, str(error)
+    return hashlib.sha256(data).digest(), data.startswith(b"\xff\xd8\xff"), None
+
+
+def check_lists(name, folder, fault):
+    """A task's lists -> {split: {file: (label, "test.txt, line 7")}}. Calls fault(kind, text) for what is wrong, without opening images."""
+    num_classes, lists = VTAB[name][1], {}
+    for split, count in split_sizes(name).items():
+        try:
+            items = layouts.parse_list(folder / f"{split}.txt")
+        except FileNotFoundError:
+            fault("list", f"{split}.txt is missing")
+            continue
+        except (OSError, ValueError) as error:
+            fault("list", f"{split}.txt can't be read: {error}")
+            continue
+        if len(items) != count:
+            fault("count", f"{split}.txt lists {len(items):,} images, not {count:,}")
+        listed = lists[split] = {}
+        for file, label, number in items:
+            where = f"{split}.txt, line {number}"
+            if label is None:
+                fault("line", f"{where}: expected `relative/path label`, found {file!r}")
+                continue
+            file = os.path.normpath(file)
+            if label >= num_classes:
+                fault("label", f"{where}: label {label} is outside 0..{num_classes - 1}")
+            if file in listed:
+                fault("duplicate", f"{where}: {file} is in {listed[file][1]} already")
+            else:
+                listed[file] = label, where
+        absent = sorted(set(range(num_classes)) - {label for label, _ in listed.values()})
+        if split == "test":
+            for label in absent:
+                fault("class", f"test.txt has no image of class {label}")
+        elif split == "train800val200" and absent:  # a thousand images of any class: SUN397 must miss some of its 397
+            fault("note", f"{split}.txt has no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}")
+    try:
+        classes = len(layouts.read_classes(folder))
+        if classes not in (0, num_classes):
+            fault("count", f"classes.txt names {classes} classes, not {num_classes}")
+    except (OSError, ValueError) as error:
+        fault("list", f"classes.txt can't be read: {error}")
+    train, val, both, test = (lists.get(split, {}) for split in layouts.SPLITS)
+    for first, second in ((train, val), (both | val | train, test)):
+        for file in first:
+            if file in second:
+                fault("overlap", f"{first[file][1]}: {file} is in {second[file][1]} too")
+    return lists
+
+
+def check_union(parts, whole, content, fault):
+    """Checks that train800val200 (whole) holds what train800 and val200 hold together (parts). Both: {file: (label, where)}.
+
+    Files of one name are the same image. An exporter may have written an image twice, under two names: both have the same content[file].
+    """
+    parts, whole = ({(file if file in parts and file in whole else content.get(file, file), label): f"{where}: {file} with label {label}"
+                     for file, (label, where) in listed.items()} for listed in (parts, whole))
+    strange = {image: label for image, label in whole if (image, label) not in parts}
+    for image in strange.items():
+        fault("union", f"{whole[image]} is neither in train800.txt nor in val200.txt")
+    for image in parts:
+        if image not in whole and image[0] not in strange:  # in there with another label: reported above
+            fault("union", f"{parts[image]} is not in train800val200.txt")
+
+
+def check_task(name, folder, quick):
+    """The findings of one task whose folder exists. Test images that equal a training image are a note, as CIFAR-100 itself has some."""
+    found = []
+    fault = lambda kind, text: found.append(Finding(kind, text))
+    lists = check_lists(name, folder, fault)
+    train, val, both, test = (lists.get(split, {}) for split in layouts.SPLITS)
+    parts = train | val
+    every = test | both | parts  # file -> (label, where)
+    complete = {"train800", "val200", "train800val200"} <= lists.keys()
+    odd = parts.keys() ^ both.keys() if complete else set()  # files whose names don't prove that they are in both
+
+    path = functools.partial(os.path.join, str(folder))
+    links, same = {}, {}  # hard links are several names of one file, which is opened once
+    for file, (_, where) in every.items():
+        try:
+            info = os.stat(path(file))
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            info = None
+        if info is None or not stat.S_ISREG(info.st_mode):
+            fault("missing", f"{where}: {file} does not exist")
+        else:
+            same[file] = links.setdefault((info.st_dev, info.st_ino), file) if info.st_nlink > 1 else file
+    to_open = list(dict.fromkeys(same[file] for file in same if file in odd or not quick))
+    looks = dict(zip(to_open, images.map_threads(lambda file: examine_file(path(file), decode=not quick), to_open, f"checking {name}")))
+    for file, (_, _, error) in looks.items():
+        if error:
+            fault("unreadable", f"{every[file][1]}: {error}")
+    looks = {file: looks[first] for file, first in same.items() if first in looks}
+    content = {file: digest for file, (digest, _, _) in looks.items() if digest}
+    if complete:
+        check_union(parts, both, content, fault)
+
+    trained_on = {content.get(file) for file in both | parts} - {None}
+    copies = [file for file in test if content.get(file) in trained_on and file not in both and file not in parts]
+    if copies:
+        fault("note", f"test.txt has training images, byte for byte, under other names: {layouts.shorten(copies)}")
+    is_jpeg = lambda file: looks[file][1] if file in looks else file.lower().endswith((".jpg", ".jpeg"))
+    jpeg = sum(map(is_jpeg, every))
+    if jpeg and name in LOSSLESS:
+        text = f"{jpeg:,} of {len(every):,} images are JPEG, which blurs {name}"
+        fault("note", f"{text}: compare only with results on JPEG files (see data/README.md)")
+    return found
+
+
+def check(root, names=(), quick=False):
+    """Compares a folder of VTAB-1k with Table 1 -> {task: [Finding, ...]}. A task without faults has an empty list, or notes only.
+
+    names: which of the 19 tasks, under any of their names; () for all. Checked for each task: its folder, the four lists and every listed
+    image exist; counts, labels and classes are Table 1's; train800val200 is the other two lists together; no image is listed twice, or in
+    both train and test; every image can be decoded. quick: don't open images, except where names alone don't prove that the union is right.
+    Raises FileNotFoundError for a root that isn't a folder, ValueError for a name that isn't one of the 19.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder")
+    names = [ALIASES.get(name, name) for name in names or VTAB]
+    for name in names:
+        if name not in VTAB:
+            raise ValueError(f"{name!r} is not one of VTAB-1k's 19 tasks: {', '.join(VTAB)}")
+    findings = {}
+    for name in names:
+        folder = find_folder(name, root)
+        findings[name] = check_task(name, folder, quick) if folder else [Finding("task", f"no folder {' or '.join(list_names(name))}")]
+    return findings
+
+
+def report(findings, most=5):
+    """What check returned, as text: one line per task, then its faults and notes, at most `most` of each kind, and a summary at the end."""
+    plural = lambda n: f"{n:,} fault" + "s" * (n != 1)
+    lines, missing, faults = [], 0, []
+    for name, found in findings.items():
+        if found and found[0].kind == "task":
+            missing += 1
+            lines.append(f"{name:21} missing: {found[0].text}")
+            continue
+        faults.append(sum(finding.kind != "note" for finding in found))
+        lines.append(f"{name:21} {plural(faults[-1]) if faults[-1] else 'ok'}")
+        for kind in dict.fromkeys(finding.kind for finding in found):
+            texts = [finding.text for finding in found if finding.kind == kind]
+            lines += [f"    {'note: ' * (kind == 'note')}{text}" for text in texts[:most]]
+            lines += [f"    ... and {len(texts) - most:,} more of this kind ({kind})"] * (len(texts) > most)
+    ok = faults.count(0)
+    lines.append(f"{ok} of {len(findings)} tasks ok, {missing} missing, {len(faults) - ok} with {plural(sum(faults))}")
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""pyra_lab/files.py: files are written whole, and processes take turns at them."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from pyra_lab import files
+
+
+def list_names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_write_atomically(tmp_path):
+    path = tmp_path / "file"
+
+    def fails(partial):
+        assert partial != path
+        partial.write_text("half of the n")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        files.write_atomically(path, fails)
+    assert list_names(tmp_path) == []
+    files.write_atomically(path, lambda partial: partial.write_text("old"))
+    assert path.read_text() == "old" and list_names(tmp_path) == ["file"]
+    with pytest.raises(OSError, match="no space left"):
+        files.write_atomically(path, fails)
+    assert path.read_text() == "old" and list_names(tmp_path) == ["file"]
+    files.write_atomically(path, lambda partial: partial.write_text("new"))
+    assert path.read_text() == "new" and list_names(tmp_path) == ["file"]
+
+
+def hold_lock(path, messages):
+    with files.file_lock(path) as locked:
+        messages.put(locked)
+        signal.pause()  # until it is killed
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_file_lock_excludes_other_processes_until_its_holder_ends(tmp_path, kind):
+    path = tmp_path / "lock" if kind == "file" else tmp_path
+    context = multiprocessing.get_context("fork")
+    messages = context.Queue()
+    first, second = (context.Process(target=hold_lock, args=(path, messages)) for _ in range(2))
+    first.start()
+    assert messages.get(timeout=60) is True
+    descriptor = os.open(path, os.O_RDONLY)
+    assert files.lock(descriptor, wait=False) is None  # held by another
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and messages.empty()  # it waits
+    os.kill(first.pid, signal.SIGKILL)
+    assert messages.get(timeout=60) is True
+    os.kill(second.pid, signal.SIGKILL)
+    first.join(60), second.join(60)
+    assert files.lock(descriptor, wait=False) is True
+    os.close(descriptor)
