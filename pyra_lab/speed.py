@@ -26,7 +26,8 @@ from pyra_lab.config import DTYPES, Config, check_device, has_fast_bfloat16
 from pyra_lab.deploy import pack
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, fold
-from pyra_lab.training import cast_frozen, find_source, image_size, make_optimizer
+from pyra_lab.epochs import cast_frozen, make_optimizer
+from pyra_lab.training import find_source, image_size
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
@@ -41,11 +42,11 @@ class Speed(NamedTuple):
     highest: float
     speedup: float  # over the first model: the median of the ratios within each round, so that a machine's drift cancels
     latency: float  # ms per batch, median over the rounds
-    peak_memory: int | None  # bytes of weights, one batch of images and everything computed, at their peak; None if compiled for a CPU or to CUDA graphs
+    peak_memory: int | None  # bytes of weights, a batch of images and everything computed; None if compiled for a CPU or to CUDA graphs
 
 
 def peak_memory(work, device):
-    """The most bytes that tensors take while work() runs, beyond those that existed before; on a CPU without the scratch space of libraries."""
+    """The most bytes that tensors take while work() runs, beyond those before; on a CPU without the scratch space of libraries."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -97,8 +98,11 @@ def time_interleaved(calls, device, seconds, rounds):
 def summarise_rounds(took, batch_size, memory):
     """Seconds per batch (see time_interleaved) and bytes of memory, by name -> {name: Speed}."""
     first = next(iter(took.values()))
-    return {name: Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), statistics.median(map(operator.truediv, first, t)),
-                        1000 * statistics.median(t), memory[name]) for name, t in took.items()}
+    speeds = {}
+    for name, t in took.items():
+        speedup = statistics.median(map(operator.truediv, first, t))
+        speeds[name] = Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), speedup, 1000 * statistics.median(t), memory[name])
+    return speeds
 
 
 def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, rounds=7, compile=None, images=None):
@@ -106,7 +110,8 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
 
     models: {name: module that maps images (b, 3, h, w) to logits}; fold LoRA in first.
     seconds: per model, divided into `rounds`; at least one batch per round (see `time_interleaved`).
-    images: real ones, normalised, (n, 3, h, w), repeated up to the batch size, for models whose number of tokens depends on the image; default: noise.
+    images: real ones, normalised, (n, 3, h, w), repeated up to the batch size, for models whose number of tokens depends on
+    the image; default: noise.
     compile: None, or torch.compile's mode, such as "default" or "reduce-overhead" (CUDA graphs); compiling isn't timed.
     The models are moved to device and dtype and stay there, in eval mode. Raises ValueError.
     """
@@ -193,7 +198,8 @@ class Measured(NamedTuple):
     images_per_second: float
 
 
-def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0, tries=10):
+def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0,
+                 tries=10):
     """Finds the merging schedule that makes a model as fast as asked for on this device: the supplement's "minor adjustments
     based on actually tested throughput". Returns a Fitted; the model stays as it is.
 
@@ -225,8 +231,8 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
         speed = benchmark({"plain": plain, "merged": merging}, batch_size, dtype, device, seconds * rounds / 15, rounds)["merged"]
         before = tried.get(ratio, Measured(schedule, 0, 0.0, 0.0))  # a schedule that comes up again gets more rounds
         n = before.rounds + rounds
-        mean = {name: (before.rounds * getattr(before, name) + rounds * getattr(speed, name)) / n for name in ("speedup", "images_per_second")}
-        tried[ratio] = before._replace(rounds=n, **mean)
+        tried[ratio] = Measured(schedule, n, (before.rounds * before.speedup + rounds * speed.speedup) / n,
+                                (before.rounds * before.images_per_second + rounds * speed.images_per_second) / n)
         misses = {x: of(measured) / target - 1 for x, measured in tried.items()}
         if abs(misses[ratio]) <= tolerance and n >= 15:
             break

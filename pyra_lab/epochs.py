@@ -1,0 +1,173 @@
+"""Epochs: the loss of a batch, learning rates, steps, and the state that is saved after each epoch."""
+
+import functools
+import json
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import pyra
+from pyra_lab import batches, budget, files
+from pyra_lab.config import DTYPES
+from pyra_lab.distillation import distillation_loss
+from pyra_lab.methods import PEFTS
+from pyra_lab.processes import ALONE
+
+
+def lr_factor(epoch, warmup, epochs):
+    """The factor of all learning rates in an epoch: linear warm-up, then a cosine down to 0.01."""
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+
+def mae_lr_factor(epoch, warmup, epochs):
+    """The same in MAE's fine-tuning, where it changes at every step (epoch has a fraction): linear from 0, then a cosine to 0."""
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+
+def make_optimizer(model, config):
+    """AdamW of all that the config trains; the learning rates and weight decay are the groups'."""
+    groups = pyra.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
+                               layer_decay=config.layer_decay if PEFTS[config.peft].trains_backbone else None)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def cast_frozen(model, dtype):
+    """What is frozen needs no float32 copy; what is trained keeps one."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def read_state(file):
+    """What a run saved after its last epoch, or None. Raises ValueError."""
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {"plan": state.get("found"), **state}  # "found": an older version's name
+    except Exception as error:
+        raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to start this run again") from error
+
+
+def make_loss(model, config, num_classes):
+    """The function (images, labels, the teacher's logits or None) -> loss, logits, labels of a batch; labels are mixed where the config says so."""
+    dtype, counted = DTYPES[config.dtype], budget.learns_budget(model)
+    target = budget.target_macs(config, model) if counted else None
+    forward = functools.partial(budget.forward_counted, model) if counted else model
+    if config.compile:
+        forward = torch.compile(forward)
+    mix = batches.mixup_or_cutmix(num_classes) if config.augment == "mae" else None
+
+    def loss_of(x, y, teacher):
+        if mix:
+            x, y = mix(x, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits, counts = forward(x) if counted else (forward(x), None)
+        if teacher is None:
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0)
+        else:
+            loss = distillation_loss(logits.float(), teacher, y)
+        if counted:
+            loss = loss + budget.budget_loss(model, counts, target)
+        return loss, logits, y.argmax(dim=1) if mix else y
+
+    return loss_of
+
+
+class Steps(NamedTuple):
+    """How an epoch is cut up."""
+
+    batch: int  # images per step, over all processes
+    steps: int  # per epoch
+    parts: int  # per step and process, whose gradients add up
+
+
+def cut_epoch(config, n, world):
+    batch = min(config.batch_size, n // world * world)
+    return Steps(batch, n // batch, math.ceil(batch // world / (config.micro_batch or batch)))
+
+
+def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps):
+    """One epoch. set_lr: (step) sets the learning rates. Returns the mean loss and the accuracy on the training images."""
+    model.train()
+    device, trained = model.pos_embed.device, [p for p in model.parameters() if p.requires_grad]
+    after_step = [block.reducer.after_step for block in model.blocks if hasattr(block.reducer, "after_step")]
+    chunks = data.train(seed, batches.chunks_of_epoch(data.n, cut.batch, cut.parts, seed, among.rank, among.world))
+    total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    for step in steps:
+        set_lr(step)
+        for part in range(cut.parts):
+            x, y, teacher = next(chunks)
+            # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
+            torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + among.rank * cut.parts + part) % 2**63)
+            loss, logits, y = loss_of(x, y, teacher)
+            loss = loss * (len(x) / cut.batch)
+            loss.backward()
+            total_loss += loss.detach()
+            correct += (logits.argmax(dim=1) == y).sum()
+        for p in trained:
+            if p.grad is not None:
+                among.sum(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        for call in after_step:
+            call()
+    loss, correct = among.sum(torch.stack([total_loss, correct])).tolist()  # waits for the device
+    return loss / cut.steps, correct / cut.steps / cut.batch
+
+
+def prepare(model, config, state):
+    """The optimizer and the history of a model that is about to be trained; all three as they were saved, where a state is given."""
+    optimizer, history = make_optimizer(cast_frozen(model, DTYPES[config.dtype]), config), []
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    model.checkpoint = config.checkpoint
+    if state is not None:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["initial_lr"] = peak  # as PyTorch's schedulers call it
+    return optimizer, history
+
+
+def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, among=ALONE, progress=True):
+    """Trains from epoch `start` on. Yields an entry of the history after each epoch.
+
+    What is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no generator's state.
+    """
+    loss_of, cut = make_loss(model, config, num_classes), cut_epoch(config, data.n, among.world)
+    fine_tuned = PEFTS[config.peft].trains_backbone
+    for epoch in range(start, epochs):
+        began, seed = time.perf_counter(), config.seed * 100_003 + epoch
+        steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not among.first, leave=False, delay=30)
+
+        def set_lr(step):
+            factor = mae_lr_factor(epoch + step / cut.steps, warmup, epochs) if fine_tuned else lr_factor(epoch, warmup, epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+        loss, accuracy = train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps)
+        yield dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - began)
+
+
+def save(folder, model, optimizer, history, plan=None):
+    """Saves all that it takes to resume after the last epoch of the history. Raises FloatingPointError where its loss is not finite."""
+    if not math.isfinite(history[-1]["loss"]):
+        before = f"; {folder / 'state.pt'} holds the epoch before" if history[:-1] else ""
+        raise FloatingPointError(f"{folder.name}: the loss was {history[-1]['loss']} in epoch {history[-1]['epoch']}{before}")
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)
+    files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))
+    files.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))
