@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import HIGH, R, SHARED, TINY, batch, on_meta, randomise, tiny, trained
+
 import pyra
-from small import R, TINY, one_thread, randomise, tiny  # noqa: F401 (one_thread is a fixture)
 
 HERE = pathlib.Path(__file__).parent
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -37,10 +36,6 @@ def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
     elif method == "pyra":
         pyra.add_pyra(model, R[:len(model.blocks)], s=s)
     return randomise(model, seed).eval()
-
-
-def batch(b=3, img_size=24, seed=0):
-    return torch.randn(b, 3, img_size, img_size, generator=torch.Generator().manual_seed(100 + seed))
 
 
 def same(a, b, rtol=1e-5):
@@ -77,11 +72,6 @@ def snapshot(model):
 
 def count(parameters):
     return sum(p.numel() for p in parameters)
-
-
-def on_meta(name, **kwargs):
-    with torch.device("meta"):
-        return pyra.create_model(name, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,8 +168,7 @@ def naive_merge(x, size, source, metric, r, specials, w_r=None, w_d=None):
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3], ids=["tome", "s1", "s3"])
-@pytest.mark.parametrize("specials", [1, 2])
-@pytest.mark.parametrize("n, rs", [(4, [1]), (9, [1]), (9, [2, 2]), (10, [4]), (12, [5, 2]), (17, [7]), (18, [5, 4, 3])])
+@pytest.mark.parametrize("n, rs, specials", [(4, [1], 1), (9, [1], 2), (10, [4], 1), (12, [5, 2], 2), (17, [7], 2), (18, [5, 4, 3], 1)])
 def test_merge_is_the_naive_loop(n, rs, specials, rank):
     """Matching, modulation, merging, sizes and sources of several blocks in a row, against per-image loops."""
     torch.manual_seed(n)
@@ -202,8 +191,7 @@ def test_merge_is_the_naive_loop(n, rs, specials, rank):
             torch.testing.assert_close((tokens.x * tokens.size).sum(1), total, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n, specials, most", [(1, 1, 0), (2, 1, 0), (3, 1, 1), (4, 1, 1), (5, 1, 2), (1, 2, 0), (2, 2, 0),
-                                               (3, 2, 0), (4, 2, 1), (5, 2, 1), (6, 2, 2), (197, 1, 98), (198, 2, 98)])
+@pytest.mark.parametrize("n, specials, most", [(2, 1, 0), (3, 1, 1), (4, 1, 1), (3, 2, 0), (5, 2, 1), (6, 2, 2), (197, 1, 98), (198, 2, 98)])
 def test_most_merges(n, specials, most):
     """The most pairs that can merge do merge, and no more: a pair with a special token isn't counted."""
     assert pyra.most_merges(n, specials) == most
@@ -253,8 +241,7 @@ def test_reducers_match_by_the_heads_mean_key():
     assert not torch.equal(model.blocks[0].reducer.match(qkv).order, pyra.match(without, 10).order)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("method", ["tome", "pyra"])
+@pytest.mark.parametrize("method, distilled", [("tome", False), ("pyra", True)])
 def test_tokens_are_accounted_for(method, distilled):
     """After every block sizes sum to the tokens, bincount(source) is size, and the special tokens stay what they were."""
     model = adapted(method, distilled=distilled)
@@ -297,8 +284,7 @@ def test_modulation_is_the_formula(s):
         assert (huge - 3).abs().min() < 1e-5 and (huge + 1).abs().min() < 1e-5
 
 
-@pytest.mark.parametrize("s", [1, 3])
-@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True), dict(global_pool="avg")], ids=["token", "distilled", "avg"])
+@pytest.mark.parametrize("s, kwargs", [(1, {}), (3, dict(distilled=True)), (1, dict(global_pool="avg"))], ids=["token", "distilled", "avg"])
 def test_pyra_starts_as_tome(s, kwargs):
     """At initialisation bit for bit; once w_d differs from 0 no longer."""
     model = randomise(pyra.VisionTransformer(**{**TINY, **kwargs})).eval()
@@ -321,7 +307,7 @@ def test_gradients_at_step_0(s):
     assert learning == lora_b | {"blocks.0.reducer.w_d", "blocks.1.reducer.w_d", "head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("s", [1, 2, 8])
+@pytest.mark.parametrize("s", [1, 8])
 def test_generators_start_in_range(s):
     """w_r is uniform in (-1, 1) / sqrt(s), w_d zero."""
     torch.manual_seed(0)
@@ -339,7 +325,6 @@ def test_generators_start_in_range(s):
     ("vit_base_patch16_224", pyra.merge_schedule("high"), 4, 4 * 9408),
     ("vit_large_patch16_224", pyra.merge_schedule("high", depth=24), 1, 24768),
     ("vit_large_patch16_224", pyra.merge_schedule("low", depth=24), 1, 24766),
-    ("deit_base_distilled_patch16_224", pyra.merge_schedule("high"), 1, 9408),
     ("deit_base_distilled_patch16_224", [16] * 6 + [10] * 6, 1, 9372),
 ])
 def test_modulation_parameters(name, r, s, numbers):
@@ -351,9 +336,8 @@ def test_modulation_parameters(name, r, s, numbers):
 def test_lora_parameters():
     """ViT-B, rank 8: 294,912 in 24 tensors, with a 100-class head the only trained ones."""
     model = pyra.add_lora(on_meta("vit_base_patch16_224", num_classes=100), rank=8)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert count(p for name, p in trained.items() if "lora_" in name) == 294_912
-    assert len(trained) == 26 and count(trained.values()) == 294_912 + 76_900
+    assert count(p for name, p in trained(model).items() if "lora_" in name) == 294_912
+    assert len(trained(model)) == 26 and count(trained(model).values()) == 294_912 + 76_900
     assert model.blocks[0].attn.qkv.lora_a.shape == (8, 768) and model.blocks[0].attn.qkv.lora_b.shape == (2304, 8)
 
 
@@ -431,13 +415,11 @@ def test_attention_counts_a_token_as_often_as_its_size():
     assert same(attention(attention.project(x), size), copies[:, [0, 1, 4, 5, 7]])
 
 
-@pytest.mark.parametrize("method", ["tome", "pyra", "plain"])
-@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("method, distilled", [("plain", False), ("tome", True), ("pyra", False)])
 def test_avg_pool_is_weighted_by_size(method, distilled):
     """MAE's pooling: the mean over the patches that tokens stand for, special tokens left out, then fc_norm."""
     model = adapted(method, global_pool="avg", distilled=distilled)
-    tokens = model.forward_tokens(batch())
-    specials = 2 if distilled else 1
+    tokens, specials = model.forward_tokens(batch()), model.specials
     for i in range(3):
         of_patch = [tokens.x[i, j] for j in tokens.source[i, specials:]]
         mean = torch.stack(of_patch).mean(0)
@@ -474,7 +456,7 @@ def test_forward_is_repeatable_and_per_image(method):
 
 def test_paper_schedules():
     """Table 5 and the constant lists; a caller can't spoil them."""
-    assert pyra.merge_schedule("high") == [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+    assert pyra.merge_schedule("high") == HIGH
     assert pyra.merge_schedule("low") == [16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 10]
     table = [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1]  # as printed: 23 entries
     large = pyra.merge_schedule("high", depth=24)
@@ -493,16 +475,15 @@ def test_paper_schedules():
     ("vit_large_patch16_224", "low", [*range(197, 12, -8), 7]),
     ("vit_large_patch16_224", "high", [197, 177, 158, 140, 123, 108, 95, 82, 70, 60, 51, 43, 37, 31, 27, 23, 19, 16, 13, 11, 9, 8, 7, 6, 5]),
 ])
-@pytest.mark.parametrize("add", [pyra.add_tome, pyra.add_pyra])
-def test_token_ladders(add, name, rate, ladder):
+def test_token_ladders(name, rate, ladder):
     """The paper's schedules fit its backbones: no entry is clamped or refused."""
     model = on_meta(name)
     assert pyra.token_counts(model) == [ladder[0]] * (len(model.blocks) + 1)
-    assert pyra.token_counts(add(model, pyra.merge_schedule(rate, len(model.blocks)))) == ladder
+    for add in (pyra.add_tome, pyra.add_pyra):
+        assert pyra.token_counts(add(model, pyra.merge_schedule(rate, len(model.blocks)))) == ladder
 
 
-@pytest.mark.parametrize("depth, tokens, remaining", [(12, 196, 4), (24, 196, 4), (12, 196, 0), (7, 50, 3), (1, 16, 2)])
-@pytest.mark.parametrize("ratio", [1.5, 2, 3, 3.4, 4.7])
+@pytest.mark.parametrize("depth, tokens, remaining, ratio", [(12, 196, 4, 3.4), (24, 196, 4, 1.5), (12, 196, 0, 2), (7, 50, 3, 3), (1, 16, 2, 4.7)])
 def test_solve_schedule_is_equation_1(depth, tokens, remaining, ratio):
     """Against Eq. (1) in 60-digit arithmetic."""
     with localcontext() as context:
@@ -515,8 +496,24 @@ def test_solve_schedule_is_equation_1(depth, tokens, remaining, ratio):
     schedule = pyra.solve_schedule(depth, tokens, remaining, ratio)
     assert schedule == exact
     assert tokens - remaining - depth < sum(schedule) <= tokens - remaining  # each floor loses less than one
-    if remaining == 4:
-        assert pyra.merge_schedule(ratio, depth, tokens) == exact
+
+
+@pytest.mark.parametrize("depth", [12, 24])
+def test_every_merge_schedule_can_be_satisfied(depth):
+    """For any rate and number of patches, class token alone or distillation token too: where Eq. (1) asks for more, half of the patches that are left merge."""
+    clamped = 0
+    for grid in (14, 3, 4, 7, 9, 16, 24):
+        model, distilled = (pyra.VisionTransformer(img_size=grid, patch_size=1, embed_dim=8, depth=depth, num_heads=1, num_classes=0, distilled=d) for d in (False, True))
+        for rate in (1.05, 1.2, 1.5, 1.8, 2, 2.1, 2.2, 2.5, 3.4, 5, 8):
+            r, asked, left = pyra.merge_schedule(rate, depth, grid**2), pyra.solve_schedule(depth, grid**2, flops_ratio=rate), grid**2
+            assert len(r) == depth
+            for entry, wanted in zip(r, asked):
+                assert entry == min(wanted, left // 2)
+                left -= entry
+            clamped += r != asked
+            pyra.add_pyra(model, r)
+            pyra.add_pyra(distilled, r)
+    assert clamped > 10
 
 
 def test_solve_schedule_constant_at_ratio_2():
@@ -524,42 +521,45 @@ def test_solve_schedule_constant_at_ratio_2():
     assert pyra.solve_schedule(12, tokens=196, remaining=4, flops_ratio=2) == [16] * 12
     assert pyra.solve_schedule(24, tokens=196, remaining=4, flops_ratio=2) == [8] * 24
     assert pyra.solve_schedule(12) == pyra.solve_schedule(12, 196, 4, 3.4) == pyra.merge_schedule(3.4)
-    assert pyra.merge_schedule(2.0) == [16] * 12
+    assert pyra.merge_schedule(2.0) == [16] * 11 + [10] == pyra.merge_schedule("low")
 
 
-@pytest.mark.parametrize("name, classes, r, giga", [
-    ("vit_tiny_patch16_224", 1000, 0, "1.254"),
-    ("vit_small_patch16_224", 1000, 0, "4.599"),
-    ("deit_small_patch16_224", 1000, 0, "4.599"),
-    ("vit_base_patch16_224", 1000, 0, "17.564"),
-    ("deit_base_patch16_224", 1000, 0, "17.564"),
-    ("deit_base_distilled_patch16_224", 1000, 0, "17.656"),
-    ("vit_large_patch16_224", 1000, 0, "61.555"),
-    ("vit_base_patch16_224", 1000, 8, "13.104"),
-    ("vit_base_patch16_224", 1000, 13, "10.367"),
-    ("vit_base_patch16_224", 1000, 16, "8.772"),
-    ("vit_base_patch16_224", 100, 0, "17.563"),
-    ("vit_base_patch16_224", 100, "low", "8.771"),
-    ("vit_base_patch16_224", 100, "high", "5.071"),
-    ("vit_large_patch16_224", 100, 0, "61.554"),
-    ("vit_large_patch16_224", 100, "low", "30.962"),
-    ("vit_large_patch16_224", 100, "high", "17.915"),
-    ("deit_base_distilled_patch16_224", 100, [16] * 6 + [10] * 6, "9.654"),
-    ("deit_base_distilled_patch16_224", 100, "high", "5.159"),
-])
-def test_macs_of_the_paper(name, classes, r, giga):
-    """To the printed digit."""
-    model = on_meta(name, num_classes=classes)
-    pyra.add_tome(model, pyra.merge_schedule(r, len(model.blocks)) if isinstance(r, str) else r)
-    assert isinstance(pyra.count_macs(model), int)
-    assert f"{pyra.count_macs(model) / 1e9:.3f}" == giga
+def test_macs_of_the_paper():
+    """To the printed digit, in units of 1e9."""
+    table = [
+        ("vit_tiny_patch16_224", 1000, 0, "1.254"),
+        ("vit_small_patch16_224", 1000, 0, "4.599"),
+        ("deit_small_patch16_224", 1000, 0, "4.599"),
+        ("vit_base_patch16_224", 1000, 0, "17.564"),
+        ("deit_base_patch16_224", 1000, 0, "17.564"),
+        ("deit_base_distilled_patch16_224", 1000, 0, "17.656"),
+        ("vit_large_patch16_224", 1000, 0, "61.555"),
+        ("vit_base_patch16_224", 1000, 8, "13.104"),
+        ("vit_base_patch16_224", 1000, 13, "10.367"),
+        ("vit_base_patch16_224", 1000, 16, "8.772"),
+        ("vit_base_patch16_224", 100, 0, "17.563"),
+        ("vit_base_patch16_224", 100, "low", "8.771"),
+        ("vit_base_patch16_224", 100, "high", "5.071"),
+        ("vit_large_patch16_224", 100, 0, "61.554"),
+        ("vit_large_patch16_224", 100, "low", "30.962"),
+        ("vit_large_patch16_224", 100, "high", "17.915"),
+        ("deit_base_distilled_patch16_224", 100, [16] * 6 + [10] * 6, "9.654"),
+        ("deit_base_distilled_patch16_224", 100, "high", "5.159"),
+    ]
+    found = []
+    for name, classes, r, _ in table:
+        model = on_meta(name, num_classes=classes)
+        pyra.add_tome(model, pyra.merge_schedule(r, len(model.blocks)) if isinstance(r, str) else r)
+        assert isinstance(pyra.count_macs(model), int)
+        found.append((name, classes, r, f"{pyra.count_macs(model) / 1e9:.3f}"))
+    assert found == table
 
 
-@pytest.mark.parametrize("name, million", [("vit_tiny_patch16_224", "5.72"), ("vit_small_patch16_224", "22.05"), ("vit_base_patch16_224", "86.57"),
-                                           ("deit_base_distilled_patch16_224", "87.34"), ("vit_large_patch16_224", "304.33")])
-def test_parameters_of_the_backbones(name, million):
-    """With 1000 classes, as in the literature; a tag after the name is ignored."""
-    assert f"{count(on_meta(f'{name}.some_tag').parameters()) / 1e6:.2f}" == million
+def test_parameters_of_the_backbones():
+    """In millions, with 1000 classes, as in the literature; a tag after the name is ignored."""
+    table = {"vit_tiny_patch16_224": "5.72", "vit_small_patch16_224": "22.05", "vit_base_patch16_224": "86.57",
+             "deit_base_distilled_patch16_224": "87.34", "vit_large_patch16_224": "304.33"}
+    assert {name: f"{count(on_meta(f'{name}.some_tag').parameters()) / 1e6:.2f}" for name in table} == table
 
 
 def flops(model, images):
@@ -570,9 +570,11 @@ def flops(model, images):
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True), dict(global_pool="avg"), dict(mlp_ratio=3.0, img_size=16), dict(num_classes=0)])
-@pytest.mark.parametrize("method, s", [("plain", 1), ("tome", 1), ("pyra", 1), ("pyra", 3)])
-def test_count_macs_is_what_pytorch_counts(kwargs, method, s):
+@pytest.mark.parametrize("method, s, kwargs", [
+    ("plain", 1, dict(num_classes=0)), ("plain", 1, dict(distilled=True)), ("tome", 1, dict(global_pool="avg")), ("tome", 1, dict(mlp_ratio=3.0, img_size=16)),
+    ("pyra", 1, {}), ("pyra", 3, dict(distilled=True)),
+], ids=str)
+def test_count_macs_is_what_pytorch_counts(method, s, kwargs):
     """On top of the formula come only matching (a metric product) and modulation (two or three small products)."""
     r = [5, 3, 2]
     model = tiny(**kwargs)
@@ -663,7 +665,7 @@ def rename(weights, prefix):
 
 
 def to_google(weights, heads, prefix="", pre_logits=False):
-    """timm's names and layouts -> those of Google's .npz files (methods.md 18.1 backwards)."""
+    """timm's names and layouts -> those of Google's .npz files (`pyra.from_google` backwards)."""
     w = {k: v.numpy() for k, v in weights.items()}
     c = w["cls_token"].shape[-1]
     arrays = {
@@ -800,9 +802,9 @@ def test_load_pretrained_into_an_adapted_model(tmp_path):
     (lambda w: w.update({"head_dist.weight": torch.ones(5, 24)}), r"unexpected head_dist\.weight$"),
     (lambda w: w.update({"blocks.3.norm1.weight": torch.ones(24)}), r"unexpected blocks\.3\.norm1\.weight"),
     (lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.ones(48, 12), "norm.bias": torch.ones(1)}),
-     r"wrong shape of blocks\.0\.mlp\.fc1\.weight \(48, 12\) for \(48, 24\), norm\.bias \(1,\) for \(24,\)"),
-    (lambda w: w.update({"head.bias": torch.ones(6)}), r"wrong shape of head\.bias \(6,\) for \(5,\)"),
-    (lambda w: w.update(pos_embed=torch.ones(1, 37, 12)), r"wrong shape of pos_embed \(1, 37, 12\) for \(1, 37, 24\)"),
+     r"it has blocks\.0\.mlp\.fc1\.weight as \(48, 12\), not \(48, 24\), norm\.bias as \(1,\), not \(24,\)$"),
+    (lambda w: w.update({"head.bias": torch.ones(6)}), r"it has head\.bias as \(6,\), not \(5,\)"),
+    (lambda w: w.update(pos_embed=torch.ones(1, 37, 12)), r"it has pos_embed as \(1, 37, 12\), not \(1, 37, 24\)"),
     (lambda w: w.update(pos_embed=torch.ones(1, 36, 24)), r"position embedding \(1, 36, 24\).* square"),
     (lambda w: w.update(pos_embed=torch.ones(37, 24)), r"position embedding \(37, 24\)"),
     (lambda w: w.update(pos_embed=torch.ones(24)), r"pos.*embed.* \(24,\)"),
@@ -863,8 +865,7 @@ def test_load_pretrained_executes_nothing(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "npz"])
-@pytest.mark.parametrize("content", ["truncated", "empty", "text"])
-def test_load_pretrained_refuses_damaged_files(tmp_path, suffix, content):
+def test_load_pretrained_refuses_damaged_files(tmp_path, suffix):
     """One sentence with the file's name, whatever the reader's own complaint."""
     path = tmp_path / f"weights.{suffix}"
     weights = tiny().state_dict()
@@ -875,10 +876,11 @@ def test_load_pretrained_refuses_damaged_files(tmp_path, suffix, content):
     else:
         torch.save(weights, path)
     whole = path.read_bytes()
-    path.write_bytes(dict(truncated=whole[:len(whole) // 2], empty=b"", text=b"<html>404: not found</html>\n" * 9)[content])
-    with pytest.raises(ValueError, match=f"weights.{suffix} can't be read as a .{suffix} file") as error:
-        pyra.load_pretrained(tiny(), path)
-    assert "\n" not in str(error.value)
+    for content in (whole[:len(whole) // 2], b"", b"<html>404: not found</html>\n" * 9):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"weights.{suffix} can't be read as a .{suffix} file") as error:
+            pyra.load_pretrained(tiny(), path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, repo", [("vit_base_patch16_224.orig_in21k", "timm/vit_base_patch16_224.orig_in21k"), ("someone/model-1", "someone/model-1")])
@@ -897,7 +899,7 @@ def test_load_pretrained_from_the_hub(tmp_path, monkeypatch, name, repo):
     assert calls == [(repo, "model.safetensors")]
 
 
-@pytest.mark.parametrize("error", [OSError("no network\nmore of it"), RuntimeError("404"), TimeoutError()], ids=repr)
+@pytest.mark.parametrize("error", [OSError("no network\nmore of it"), TimeoutError()], ids=repr)
 def test_load_pretrained_hub_failure(monkeypatch, error):
     """One sentence, also where the client's error has several lines or none."""
     hub = pytest.importorskip("huggingface_hub")
@@ -913,7 +915,7 @@ def test_load_pretrained_hub_failure(monkeypatch, error):
 
 def test_load_pretrained_real_weights():
     """A published ViT-Ti loads strictly: 152 tensors, bit for bit."""
-    path = SHARED / "data" / "vit_tiny" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    path = SHARED / "vit_tiny" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     if not path.exists():
         pytest.skip(f"needs the ViT-Ti weights, which are not in the repository: {path}")
     weights = load_file(path)
@@ -1003,8 +1005,7 @@ def test_lora_dropout_acts_on_lora_alone(rate):
         torch.testing.assert_close(out[:, :7][kept], x[kept] / (1 - rate))
 
 
-@pytest.mark.parametrize("order", ["lora, pyra", "pyra, lora"])
-@pytest.mark.parametrize("kwargs", [{}, dict(distilled=True)], ids=["token", "distilled"])
+@pytest.mark.parametrize("order, kwargs", [("lora, pyra", {}), ("pyra, lora", dict(distilled=True))], ids=["token", "distilled"])
 def test_freezing(order, kwargs):
     """Whatever the order, LoRA, the generators and the class head are trained, and nothing else."""
     model = tiny(**kwargs)
@@ -1013,7 +1014,7 @@ def test_freezing(order, kwargs):
     expected = {"head.weight", "head.bias"}
     for i in range(3):
         expected |= {f"blocks.{i}.attn.qkv.lora_a", f"blocks.{i}.attn.qkv.lora_b", f"blocks.{i}.reducer.w_r", f"blocks.{i}.reducer.w_d"}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert trained(model).keys() == expected
 
 
 def test_full_fine_tuning():
@@ -1033,19 +1034,41 @@ def test_param_groups(lora, method):
     groups = {group["name"]: group for group in pyra.param_groups(model, lr=1e-2, modulation_lr=1e-4, weight_decay=0.3)}
     of = {id(p): name for name, p in model.named_parameters()}
     names = {name: [of[id(p)] for p in group["params"]] for name, group in groups.items()}
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert sorted(sum(names.values(), [])) == sorted(trained)
-    assert set(groups) == {"decay", "no_decay"} | ({"modulation"} if method == "pyra" else set())
+    assert sorted(sum(names.values(), [])) == sorted(trained(model))
+    assert list(groups) == ["decay", "no_decay", "modulation"][:3 if method == "pyra" else 2]
     if method == "pyra":
-        assert sorted(names["modulation"]) == sorted(name for name in trained if ".reducer.w_" in name)
+        assert sorted(names["modulation"]) == sorted(name for name in trained(model) if ".reducer.w_" in name)
         assert groups["modulation"]["lr"] == 1e-4 and groups["modulation"]["weight_decay"] == 0.3
     for name in ("decay", "no_decay"):
         assert groups[name]["lr"] == 1e-2
     assert groups["no_decay"]["weight_decay"] == 0 and groups["decay"]["weight_decay"] == 0.3
-    plain = {name for name in trained if name.endswith("bias") or "norm" in name or name in ("pos_embed", "cls_token", "dist_token")}
+    plain = {name for name in trained(model) if name.endswith("bias") or "norm" in name or name in ("pos_embed", "cls_token", "dist_token")}
     assert set(names["no_decay"]) == plain
     assert {group["name"]: group["lr"] for group in pyra.param_groups(model, lr=0.5)} == dict.fromkeys(groups, 0.5)
     torch.optim.AdamW(list(groups.values()))
+
+
+class Threshold(pyra.ToMe):
+    """A reducer with trained parameters of its own: a number, and a matrix with its own learning rate."""
+
+    lrs = {"matrix": 7e-3}
+
+    def __init__(self, r):
+        super().__init__(r)
+        self.number, self.matrix = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_a_reducers_parameters(layer_decay):
+    """A number does not decay, as a bias doesn't; what is in `lrs` forms a group of its name, behind the others, with this rate in every block, without decay."""
+    model = pyra.set_reducers(tiny(), [Threshold(3), None, Threshold(2)])
+    groups = pyra.param_groups(model, lr=0.1, weight_decay=0.3, layer_decay=layer_decay)
+    numbers, matrices = ({id(getattr(model.blocks[i].reducer, name)) for i in (0, 2)} for name in ("number", "matrix"))
+    of = [{id(p) for p in group["params"]} for group in groups]
+    assert set().union(*(params for params, group in zip(of, groups) if group["name"] == "no_decay")) >= numbers
+    assert of[-1] == matrices and {key: groups[-1][key] for key in ("name", "lr", "weight_decay")} == dict(name="matrix", lr=7e-3, weight_decay=0.0)
+    assert list(dict.fromkeys(group["name"] for group in groups)) == ["decay", "no_decay", "matrix"]
+    assert sum(map(len, of)) == len(trained(model)) == len(set().union(*of))
 
 
 def test_modulation_rate_takes_effect():
@@ -1067,30 +1090,29 @@ def test_modulation_rate_takes_effect():
 
 def trained_pair(seed=3, **kwargs):
     """A trained model and a fresh one, of the same backbone."""
-    trained, fresh = adapted(**kwargs), adapted(**kwargs)
+    model, fresh = adapted(**kwargs), adapted(**kwargs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in trained.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator))
-    return trained, fresh
+        for p in trained(model).values():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model, fresh
 
 
 @pytest.mark.parametrize("kwargs", [dict(method="pyra"), dict(method="pyra", s=3), dict(method="tome"), dict(method="plain"),
                                     dict(method="pyra", distilled=True), dict(method="pyra", lora=False)], ids=str)
 def test_adapter_round_trip(tmp_path, kwargs):
     """What was trained, only that, and enough for a fresh model to give the same logits."""
-    trained, fresh = trained_pair(**kwargs)
+    model, fresh = trained_pair(**kwargs)
     path = tmp_path / "adapter.safetensors"
-    pyra.save_adapter(trained, path)
+    pyra.save_adapter(model, path)
     saved = load_file(path)
-    assert saved.keys() == {name for name, p in trained.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained(model).keys()
     assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
-    assert not same(fresh(batch()), trained(batch()), rtol=1e-2)
+    assert not same(fresh(batch()), model(batch()), rtol=1e-2)
     assert pyra.load_adapter(fresh, str(path)) is fresh
-    assert torch.equal(fresh(batch()), trained(batch()))
+    assert torch.equal(fresh(batch()), model(batch()))
     assert all(p.requires_grad == (name in saved) for name, p in fresh.named_parameters())  # training can go on
-    torch.testing.assert_close(pyra.merge_lora(fresh)(batch()), trained(batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pyra.merge_lora(fresh)(batch()), model(batch()), rtol=1e-4, atol=1e-4)
 
 
 def test_adapter_is_small(tmp_path):
@@ -1105,17 +1127,17 @@ def test_adapter_is_small(tmp_path):
 
 def test_adapter_of_a_bf16_backbone(tmp_path):
     """The backbone may be held in float32 on one side and in bf16 on the other, both ways; the adapter is float32 still."""
-    trained, fresh = trained_pair()
+    model, fresh = trained_pair()
     for p in fresh.parameters():
         if not p.requires_grad:
             p.data = p.data.bfloat16()
-    pyra.save_adapter(trained, tmp_path / "a")
+    pyra.save_adapter(model, tmp_path / "a")
     pyra.load_adapter(fresh, tmp_path / "a")
-    assert all(torch.equal(p, fresh.get_parameter(name)) for name, p in trained.named_parameters() if p.requires_grad)
+    assert all(torch.equal(p, fresh.get_parameter(name)) for name, p in trained(model).items())
     with torch.autocast("cpu", torch.bfloat16):
         assert fresh(batch()).isfinite().all()
     pyra.save_adapter(fresh, tmp_path / "b")
-    pyra.load_adapter(trained, tmp_path / "b")
+    pyra.load_adapter(model, tmp_path / "b")
     assert equal(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
@@ -1134,15 +1156,14 @@ def test_adapter_of_a_bf16_backbone(tmp_path):
     (lambda: adapted(img_size=32), "its img_size is 24, the model's 32"),
     (lambda: adapted(distilled=True), "its distilled is false, the model's true"),
     (lambda: adapted(global_pool="avg"), 'its global_pool is "token", the model\'s "avg"'),
-    (lambda: headless(), r"only one of the two has head\.bias, head\.weight$"),
-    (lambda: unfrozen(), "another backbone|only one of the two has"),
+    (lambda: headless(), r"it has the unexpected head\.bias, head\.weight$"),
+    (lambda: unfrozen(), "another backbone|it lacks"),
     (lambda: no_prop_attn(), "prop_attn"),
     (lambda: pyra.merge_lora(adapted()), "its lora_rank is 2, the model's 0"),
 ])
 def test_adapter_refused(tmp_path, other, message):
     """Where it doesn't fit, with what differs; the model is left as it was."""
-    trained = adapted()
-    pyra.save_adapter(trained, tmp_path / "adapter.safetensors")
+    pyra.save_adapter(adapted(), tmp_path / "adapter.safetensors")
     model = other()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -1187,7 +1208,7 @@ def test_adapter_refused_without_frozen_weights(tmp_path):
     assert equal(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("content, message", [("truncated", "can't be read"), ("empty", "can't be read"), ("weights", "is no adapter")])
+@pytest.mark.parametrize("content, message", [("truncated", "can't be read"), ("empty", "can't be read"), ("weights", "is not an adapter that save_adapter wrote")])
 def test_adapter_damaged(tmp_path, content, message):
     """Half a file, none, or a backbone's weights: one sentence, and the model stays as it is."""
     path, model = tmp_path / "adapter.safetensors", adapted()
@@ -1215,7 +1236,7 @@ def test_save_adapter_refuses(tmp_path):
     path = tmp_path / "adapter.safetensors"
     pyra.save_adapter(adapted(), path)
     older = path.read_bytes()
-    with pytest.raises(ValueError, match="before merge_lora"):
+    with pytest.raises(ValueError, match="LoRA was folded into the backbone: save the adapter before folding"):
         pyra.save_adapter(pyra.merge_lora(adapted()), path)
     with pytest.raises(ValueError, match="no trained parameters"):
         pyra.save_adapter(tiny().requires_grad_(False), path)
@@ -1228,36 +1249,36 @@ def test_save_adapter_refuses(tmp_path):
 # Training's machinery
 
 
-@pytest.mark.parametrize("method", ["plain", "tome", "pyra"])
-def test_activation_checkpointing(method):
+@pytest.mark.parametrize("method", ["plain", "pyra"])
+def test_activation_checkpointing(method, monkeypatch):
     """Each block run again in the backward pass: the same logits and gradients, bit for bit, drop path and dropout included."""
     model = adapted(method, drop_path_rate=0.3).train()
     torch.manual_seed(5)
     logits, grads = gradients(model, batch())
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    model.checkpoint, forward = True, pyra.Block.forward
+    calls = []
+    monkeypatch.setattr(pyra.Block, "forward", lambda block, tokens: calls.append(block) or forward(block, tokens))
     torch.manual_seed(5)
     again, grads_again = gradients(model, batch())
-    assert torch.equal(again, logits)
-    assert equal(grads_again, grads)
+    assert torch.equal(again, logits) and equal(grads_again, grads)
+    assert len(calls) == 6
+    model.eval()(batch())
+    assert len(calls) == 9
 
 
-@pytest.mark.parametrize("backend, method", [("eager", "plain"), ("eager", "tome"), ("eager", "pyra"), ("aot_eager", "pyra")])
-def test_compile(backend, method):
-    """One graph, without a break, and the same logits and gradients; a second batch size too."""
+def test_compile():
+    """One graph, without a break, through autograd's tracing too, and the same logits and gradients."""
     torch.compiler.reset()
-    model = adapted(method, depth=2)
+    model = adapted(depth=2)
     logits, grads = gradients(model, batch())
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
     model.zero_grad()
-    out = compiled(batch())
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(batch())
     F.cross_entropy(out, torch.arange(3)).backward()
     assert same(out, logits)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
-    assert same(compiled(batch(2, seed=1)), model(batch(2, seed=1)))
 
 
 def test_compile_in_training():
@@ -1267,12 +1288,11 @@ def test_compile_in_training():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for b in (3, 2):
         compiled(batch(b)).sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(p.grad.isfinite().all() for p in trained(model).values())
     assert not same(compiled(batch(2)), compiled(batch(2)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("s", [1, 3])
-@pytest.mark.parametrize("kwargs", [{}, dict(global_pool="avg")], ids=["token", "avg"])
+@pytest.mark.parametrize("s, kwargs", [(1, {}), (3, dict(global_pool="avg"))], ids=["token", "avg"])
 def test_bf16_autocast(s, kwargs):
     """Training under autocast: finite, near float32, with float32 sizes that stay exact."""
     model = adapted(s=s, **kwargs)
@@ -1355,57 +1375,44 @@ def test_models_in_bfloat16(s):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: pyra.solve_schedule(0), "depth must be a positive integer, not 0"),
-    (lambda: pyra.solve_schedule(12.0), "depth must be a positive integer, not 12.0"),
-    (lambda: pyra.solve_schedule(True), "depth must be a positive integer, not True"),
-    (lambda: pyra.solve_schedule(12, tokens=0), "tokens must be a positive integer, not 0"),
     (lambda: pyra.solve_schedule(12, tokens="196"), "tokens must be a positive integer, not '196'"),
     (lambda: pyra.solve_schedule(12, remaining=-1), "remaining must be an integer of at least 0, not -1"),
     (lambda: pyra.solve_schedule(12, remaining=196), r"remaining \(196\) must be less than tokens \(196\)"),
     (lambda: pyra.solve_schedule(12, tokens=4), r"remaining \(4\) must be less than tokens \(4\)"),
     *[(functools.partial(pyra.solve_schedule, 12, flops_ratio=ratio), "flops_ratio must be a finite number greater than 1")
-      for ratio in (1, 0.5, -2, math.inf, math.nan, True, "3", None)],
+      for ratio in (1, -2, math.inf, math.nan, True, "3")],
     (lambda: pyra.merge_schedule("mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
-    (lambda: pyra.merge_schedule("high", depth=7), "'high' schedule for depths 12 and 24, not 7"),
-    (lambda: pyra.merge_schedule("low", tokens=64), "'low' schedule is for 196 patches, not 64"),
+    (lambda: pyra.merge_schedule("high", depth=7), "'high' schedule is for depths 12 and 24 and 196 patches, not 7 and 196"),
+    (lambda: pyra.merge_schedule("low", tokens=64), "'low' schedule is for .* 196 patches, not 12 and 64"),
     (lambda: pyra.merge_schedule(1.0), "greater than 1, not 1.0"),
     (lambda: pyra.merge_schedule(None), "greater than 1, not None"),
     *[(functools.partial(pyra.VisionTransformer, **{name: value}), f"{name} must be a positive integer, not {value!r}")
-      for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads") for value in (0, 2.0, True)],
+      for name, value in dict(img_size=0, patch_size=2.0, embed_dim=True, depth=0, num_heads=-1).items()],
     (lambda: pyra.VisionTransformer(num_classes=-1), "num_classes must be an integer of at least 0, not -1"),
-    (lambda: pyra.VisionTransformer(num_classes=10.0), "num_classes must be an integer of at least 0, not 10.0"),
     (lambda: pyra.VisionTransformer(img_size=225), "img_size 225 is not a multiple of patch_size 16"),
     (lambda: pyra.VisionTransformer(num_heads=7), "embed_dim 768 is not a multiple of num_heads 7"),
     (lambda: pyra.VisionTransformer(global_pool="mean"), "global_pool must be 'token' or 'avg', not 'mean'"),
     (lambda: pyra.VisionTransformer(drop_path_rate=1.0), "drop_path_rate must be at least 0 and less than 1, not 1.0"),
-    (lambda: pyra.VisionTransformer(drop_path_rate=-0.1), "drop_path_rate must be at least 0 and less than 1, not -0.1"),
     (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge'; there are .*vit_base_patch16_224"),
-    (lambda: pyra.create_model(None), "no model is called None"),
-    (lambda: pyra.create_model("vit_tiny_patch16_224", img_size=230), "img_size 230 is not a multiple"),
     *[(functools.partial(lambda shape: tiny()(torch.zeros(shape)), shape), r"images must be \(b, 3, 24, 24\), not ")
-      for shape in ((3, 24, 24), (1, 1, 24, 24), (1, 3, 24, 20), (1, 3, 32, 32), (1, 24, 24, 3))],
+      for shape in ((3, 24, 24), (1, 1, 24, 24), (1, 3, 24, 20))],
     *[(functools.partial(lambda rank: pyra.add_lora(tiny(), rank=rank), rank), "rank must be a positive integer, not ")
-      for rank in (0, -1, 2.0, True, None)],
+      for rank in (0, 2.0, True)],
     (lambda: pyra.add_lora(tiny(), dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
-    (lambda: pyra.add_lora(tiny(), dropout=-0.1), "dropout must be at least 0 and less than 1, not -0.1"),
     (lambda: pyra.add_lora(tiny(), init="normal"), "init must be 'zero' or 'published', not 'normal'"),
     (lambda: pyra.add_lora(pyra.add_lora(tiny())), "has LoRA already"),
-    *[(functools.partial(lambda s: pyra.add_pyra(tiny(), R, s=s), s), "s must be a positive integer, not ") for s in (0, -1, 1.0, True)],
-    *[(functools.partial(lambda add, r: add(tiny(), r), add, r), message)
-      for add in (pyra.add_tome, pyra.add_pyra)
-      for r, message in (
-          ([1, 2], "the schedule has 2 entries, the model 3 blocks"),
-          ([], "the schedule has 0 entries, the model 3 blocks"),
-          ([1, 2, 3, 4], "the schedule has 4 entries, the model 3 blocks"),
-          ("high", "r must be an integer or a list with one a block, not 'high'"),
-          (2.5, "r must be an integer or a list with one a block, not 2.5"),
-          (None, "r must be an integer or a list with one a block, not None"),
-          (-1, "block 0: r must be at least 0, not -1"),
-          ([3, 2, -1], "block 2: r must be at least 0, not -1"),
-          ([3, 2.0, 1], "block 1: r must be an integer, not 2.0"),
-          ([3, True, 1], "block 1: r must be an integer, not True"),
-          (True, "r must be an integer.* not True"),
-          ([3, None, 1], "block 1: r must be an integer, not None"),
-      )],
+    *[(functools.partial(lambda s: pyra.add_pyra(tiny(), R, s=s), s), "s must be a positive integer, not ") for s in (0, 1.0, True)],
+    *[(functools.partial(lambda add, r: add(tiny(), r), add, r), message) for add, r, message in (
+        (pyra.add_tome, [1, 2], "the schedule has 2 entries, the model 3 blocks"),
+        (pyra.add_pyra, [1, 2, 3, 4], "the schedule has 4 entries, the model 3 blocks"),
+        (pyra.add_tome, "high", "r must be an integer or a list with one entry per block, not 'high'"),
+        (pyra.add_pyra, 2.5, "r must be an integer or a list.* not 2.5"),
+        (pyra.add_tome, -1, "block 0: r must be an integer of at least 0, not -1"),
+        (pyra.add_pyra, [3, 2, -1], "block 2: r must be an integer of at least 0, not -1"),
+        (pyra.add_tome, [3, 2.0, 1], "block 1: r must be an integer of at least 0, not 2.0"),
+        (pyra.add_pyra, [3, True, 1], "block 1: r must be an integer of at least 0, not True"),
+        (pyra.add_tome, True, "r must be an integer.* not True"),
+    )],
     (lambda: pyra.add_pyra(tiny(), [19, 0, 0]), "block 0: 19 pairs can't merge, 37 tokens are left and at most 18 pairs can"),
     (lambda: pyra.add_pyra(tiny(), [10, 6, 11]), "block 2: 11 pairs can't merge, 21 tokens are left and at most 10 pairs can"),
     (lambda: pyra.add_pyra(tiny(distilled=True), [18, 10, 0]), "block 1: 10 pairs can't merge, 20 tokens are left and at most 9 pairs can"),
@@ -1444,11 +1451,9 @@ def test_sizes_are_keywords_only():
 # Schedules by operations
 
 
-@pytest.mark.parametrize("name", ["vit_nano_patch4_56", "vit_base_patch16_224", "vit_large_patch16_224", "deit_base_distilled_patch16_224"])
-@pytest.mark.parametrize("ratio", [1.1, 1.5, 2, 3.46, 4.5])
+@pytest.mark.parametrize("name, ratio", [("vit_nano_patch4_56", 1.1), ("vit_base_patch16_224", 3.46), ("vit_large_patch16_224", 2), ("deit_base_distilled_patch16_224", 4.5)])
 def test_solved_schedule_meets_the_operations(name, ratio):
-    with torch.device("meta"):
-        model = pyra.create_model(name, num_classes=100)
+    model = on_meta(name, num_classes=100)
     plain, r = pyra.count_macs(model), pyra.solve_macs(model, ratio)
     assert len(r) == len(model.blocks) and model.num_patches - sum(r) >= 4
     pyra.add_pyra(model, r)  # which refuses what tokens can't satisfy
@@ -1475,16 +1480,15 @@ def test_the_most_merging_is_where_solve_macs_ends():
     most = pyra.most_macs_ratio(model)
     r = pyra.solve_macs(model, most)
     assert r[:3] == [98, 49, 24] and sum(r) == model.num_patches - 4
-    with pytest.raises(ValueError, match="times is the most"):
+    with pytest.raises(ValueError, match="is out of reach: merging down to 4 patches reaches .* at most"):
         pyra.solve_macs(model, most * 1.001)
 
 
 @pytest.mark.parametrize("kwargs, sentence", [
     (dict(flops_ratio=1), "flops_ratio must be a finite number greater than 1, not 1"), (dict(flops_ratio="2"), "flops_ratio must be"),
-    (dict(flops_ratio=2, remaining=0), "remaining must be an integer from 1 to 195, not 0"), (dict(flops_ratio=40), "no schedule does 40 times fewer operations"),
+    (dict(flops_ratio=2, remaining=0), "remaining must be a positive integer, not 0"),
+    (dict(flops_ratio=2, remaining=196), r"remaining \(196\) must be less than the model's 196 patches"), (dict(flops_ratio=40), "flops_ratio 40 is out of reach"),
 ])
 def test_solve_macs_refuses(kwargs, sentence):
-    with torch.device("meta"):
-        model = pyra.create_model("vit_base_patch16_224")
     with pytest.raises(ValueError, match=sentence):
-        pyra.solve_macs(model, **kwargs)
+        pyra.solve_macs(on_meta("vit_base_patch16_224"), **kwargs)
