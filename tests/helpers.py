@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyra
 from pyra_lab import backbones
@@ -59,6 +61,14 @@ def trained(model):
 def on_meta(name, **kwargs):
     with torch.device("meta"):
         return pyra.create_model(name, **kwargs)
+
+
+def count_flops(model, images):
+    """PyTorch's count of multiply-accumulates, with attention written as two matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(images)
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
 
 
 def write_class_folders(root, train=7, test=8, classes=("red", "green", "blue"), seed=0):

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import HIGH, R, SHARED, TINY, batch, count_flops, on_meta, randomise, tiny, trained
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from helpers import HIGH, R, SHARED, TINY, batch, on_meta, randomise, tiny, trained
 
 import pyra
 
@@ -562,14 +559,6 @@ def test_parameters_of_the_backbones():
     assert {name: f"{count(on_meta(f'{name}.some_tag').parameters()) / 1e6:.2f}" for name in table} == table
 
 
-def flops(model, images):
-    """PyTorch's count of multiply-accumulates, with attention written as two matrix products."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(images)
-    assert counter.get_total_flops() % 2 == 0
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize("method, s, kwargs", [
     ("plain", 1, dict(num_classes=0)), ("plain", 1, dict(distilled=True)), ("tome", 1, dict(global_pool="avg")), ("tome", 1, dict(mlp_ratio=3.0, img_size=16)),
     ("pyra", 1, {}), ("pyra", 3, dict(distilled=True)),
@@ -588,7 +577,7 @@ def test_count_macs_is_what_pytorch_counts(method, s, kwargs):
             extra += (n - n // 2) * (n // 2) * 8
             if method == "pyra":
                 extra += (2 if s == 1 else 3) * entry * s * 24
-    assert flops(model, batch(1, img_size=model.img_size)) == pyra.count_macs(model) + extra
+    assert count_flops(model, batch(1, img_size=model.img_size)) == pyra.count_macs(model) + extra
 
 
 def test_count_macs_of_an_adapted_model():
@@ -596,7 +585,7 @@ def test_count_macs_of_an_adapted_model():
     model = adapted("pyra")
     macs = pyra.count_macs(model)
     assert macs == pyra.count_macs(adapted("tome", lora=False))
-    assert flops(model, batch(1)) > flops(pyra.merge_lora(model), batch(1))
+    assert count_flops(model, batch(1)) > count_flops(pyra.merge_lora(model), batch(1))
     assert pyra.count_macs(model) == macs
 
 
@@ -1451,7 +1440,9 @@ def test_sizes_are_keywords_only():
 # Schedules by operations
 
 
-@pytest.mark.parametrize("name, ratio", [("vit_nano_patch4_56", 1.1), ("vit_base_patch16_224", 3.46), ("vit_large_patch16_224", 2), ("deit_base_distilled_patch16_224", 4.5)])
+@pytest.mark.parametrize("name, ratio", [
+    ("vit_nano_patch4_56", 1.1), ("vit_base_patch16_224", 3.46), ("vit_large_patch16_224", 2), ("deit_base_distilled_patch16_224", 4.5),
+])
 def test_solved_schedule_meets_the_operations(name, ratio):
     model = on_meta(name, num_classes=100)
     plain, r = pyra.count_macs(model), pyra.solve_macs(model, ratio)
