@@ -53,13 +53,13 @@ def slurm_command(argv):
 
 
 def benchmark_command(argv):
-    parser = make_parser("benchmark", "Images/s and memory of plain, ToMe and PYRA on random weights, and of timm's model where timm is installed")
-    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME", help="default: vit_base_patch16_224")
-    parser.add_argument("--batch_size", type=int, default=16, help="default: 16")
-    parser.add_argument("--rate", default="high", help="low, high or a number for Eq. (1) (default: high)")
+    parser = make_parser("benchmark", "Images/s and memory of plain, ToMe and PYRA on random weights, and of timm's model if timm is installed")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--rate", default="high", help="low, high or a number for Eq. (1) (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--seconds", type=float, default=10.0, help="per model and dtype (default: 10)")
-    parser.add_argument("--rounds", type=int, default=7, help="the models take turns so many times (default: 7)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per model and dtype (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often the models take turns (default: %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: both")
     parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
     parser.add_argument("--training", action="store_true", help="training steps with LoRA, with and without --checkpoint, instead of inference")
@@ -69,10 +69,13 @@ def benchmark_command(argv):
     common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)
     dtypes = [args.dtype] if args.dtype else DTYPES
     rows = speed.training_table(*common, dtypes) if args.training else speed.benchmark_table(*common, args.compile, dtypes)
-    print(f"{'dtype':9} {'model':17} {'images/s':>9} {'lowest':>8} {'highest':>8} {'speed-up':>9} {'MAC ratio':>10} {'ms/batch':>9} {'peak MB':>8}")
+    layout = "{:9} {:17} {:>9} {:>8} {:>8} {:>9} {:>10} {:>9} {:>8}"
+    print(layout.format("dtype", "model", "images/s", "lowest", "highest", "speed-up", "MAC ratio", "ms/batch", "peak MB"))
     for row in rows:
+        speeds = [f"{row[name]:.1f}" for name in ("images_per_second", "lowest", "highest")]
         peak = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
-        print("{dtype:9} {model:17} {images_per_second:9.1f} {lowest:8.1f} {highest:8.1f} {speedup:9.2f} {mac_ratio:10.2f} {latency:9.1f} {peak:>8}".format(**row, peak=peak))
+        ratios = [f"{row[name]:.2f}" for name in ("speedup", "mac_ratio")]
+        print(layout.format(row["dtype"], row["model"], *speeds, *ratios, f"{row['latency']:.1f}", peak))
 
 
 def check_command(argv):
@@ -96,8 +99,8 @@ COMMANDS = {
 
 
 def overview():
-    lines = [f"  {name:10} {help}" for name, (_, help) in COMMANDS.items()]
-    return "\n".join(["usage: python -m pyra_lab COMMAND ...", "", *lines, "", "python -m pyra_lab COMMAND --help lists the options of a command."])
+    lines = "".join(f"  {name:10} {help}\n" for name, (_, help) in COMMANDS.items())
+    return f"usage: python -m pyra_lab COMMAND ...\n\n{lines}\npython -m pyra_lab COMMAND --help lists the options of a command."
 
 
 def main(argv):
@@ -107,10 +110,12 @@ def main(argv):
         return
     command, *rest = argv
     if command.startswith("-"):
-        raise ValueError(f"the first argument must be a command, one of {', '.join(COMMANDS)}; to train, write: python -m pyra_lab run {shlex.join(argv)}")
+        known = ", ".join(COMMANDS)
+        raise ValueError(f"the first argument must be a command, one of {known}; to train, write: python -m pyra_lab run {shlex.join(argv)}")
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, 1)
-        raise ValueError(f"there is no command {command!r}; " + (f"did you mean {close[0]}" if close else f"the commands are {', '.join(COMMANDS)}"))
+        hint = f"did you mean {close[0]}" if close else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"there is no command {command!r}; {hint}")
     return COMMANDS[command][0](rest)
 
 

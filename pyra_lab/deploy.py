@@ -26,10 +26,10 @@ class PackedLinear(nn.Module):
 
 
 def pack(model):
-    """Prepares a model for inference on a CPU, where nn.Linear rearranges its weight at each call: the same logits, to rounding, for less work.
+    """Prepares a model for a CPU, where nn.Linear rearranges its weight at each call: the same logits, to rounding, for less work.
 
-    The last step, after `fold`, `.to(dtype)` and everything that reads weights: packed weights can't be saved, moved or exported.
-    Returns the model. Raises ValueError.
+    The last step before inference, after `fold`, `.to(dtype)` and everything that reads weights: packed weights can't be saved,
+    moved or exported. Returns the model. Raises ValueError.
     """
     parts = [part for block in model.blocks for part in (*block.attn.children(), *block.mlp.children())]
     if {type(part) for part in parts} != {nn.Linear} or model.pos_embed.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -65,7 +65,8 @@ def check_export(model, path, mean, std):
         raise ValueError("the model is packed for this CPU: export it before pack")
     for block in model.blocks:
         if getattr(block.reducer, "per_image", False):
-            raise ValueError(f"{type(block.reducer).__name__} keeps as many tokens as an image needs, but an ONNX graph keeps the same number for every image")
+            name = type(block.reducer).__name__
+            raise ValueError(f"{name} keeps as many tokens as an image needs, but an ONNX graph keeps the same number for every image")
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def export_onnx(model, path, mean, std):
         return op.ScatterElements(x, op.Expand(op.Unsqueeze(index, 1), op.Shape(y)), y, axis=0, reduction="add")
 
     pipeline = nn.Sequential(FromPixels(mean, std), fold(copy.deepcopy(model).float().cpu())).eval()
-    images = torch.zeros(2, 3, model.img_size, model.img_size, dtype=torch.uint8)  # two: the exporter takes an axis of length one for a constant
+    images = torch.zeros(2, 3, model.img_size, model.img_size, dtype=torch.uint8)  # two: an axis of length one would be exported as fixed
     program = torch.onnx.export(
         pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},

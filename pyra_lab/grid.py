@@ -31,8 +31,7 @@ WORKER = [sys.executable, "-m", "pyra_lab", "run"]  # followed by a config's arg
 USER_ERROR = "pyra_lab: "  # starts the last line of a run's log where repeating the run would fail in the same way
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Lists of configs
+# ---- Lists of configs ------------------------------------------------------------------------------------------------
 
 
 def read_grid(file):
@@ -69,17 +68,17 @@ def with_prerequisites(configs):
     return {**(with_prerequisites(first) if first else {}), **{config.id(): config for config in configs}}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a process needs to know
+# ---- What a process needs to know ------------------------------------------------------------------------------------
 
 
 def dump_rows(folder):
-    """Writes the rows that were added to METHODS and PEFTS, or changed, to a file in the folder. Returns its path, or None without such rows.
+    """Writes the rows of METHODS and PEFTS that were added or changed to a file in the folder. Returns its path, or None without such rows.
 
     Functions are written by value where they can't be imported: lambdas, a notebook's, a script's. Raises ValueError.
     """
-    tables = {"METHODS": methods.METHODS, "PEFTS": methods.PEFTS}
-    added = {table: {name: row for name, row in rows.items() if methods.BUILT_IN[table].get(name) is not row} for table, rows in tables.items()}
+    added = {}
+    for table, rows in (("METHODS", methods.METHODS), ("PEFTS", methods.PEFTS)):
+        added[table] = {name: row for name, row in rows.items() if methods.BUILT_IN[table].get(name) is not row}
     if not any(added.values()):
         return None
     import cloudpickle
@@ -115,7 +114,8 @@ def worker_environment(runs):
     if rows:
         path += [entry or os.getcwd() for entry in sys.path]
     path += filter(None, [os.environ.get("PYTHONPATH")])
-    return {"PYRA_RUNS": str(runs), **({"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))} if path else {}), **({"PYRA_ROWS": str(rows)} if rows else {})}
+    values = {"PYRA_RUNS": str(runs), "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "PYRA_ROWS": str(rows or "")}
+    return {name: value for name, value in values.items() if value}
 
 
 def die_with_parent(parent):
@@ -126,8 +126,7 @@ def die_with_parent(parent):
             sys.exit(f"{USER_ERROR}the runner that started this run has ended")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# On this machine
+# ---- On this machine -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,18 +272,20 @@ def slot_environments(workers, runs):
 
     workers: how many; None: one per CUDA device, or one on a CPU.
     """
-    gpus = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()] or [str(i) for i in range(torch.cuda.device_count())]
+    gpus = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    gpus = gpus or [str(i) for i in range(torch.cuda.device_count())]
     workers = max(1, len(gpus)) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    common = {"OMP_NUM_THREADS": str(max(1, files.cores() // workers)), **os.environ, **worker_environment(runs), "PYRA_RUNNER": str(os.getpid())}
+    threads = str(max(1, files.cores() // workers))
+    common = {"OMP_NUM_THREADS": threads, **os.environ, **worker_environment(runs), "PYRA_RUNNER": str(os.getpid())}
     return [common | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}) for slot in range(workers)]
 
 
 def run_grid(configs, workers=None, runs=None, progress=True):
-    """Does the runs that aren't recorded yet, each in a process of its own, `workers` at a time. Returns the Results, None where a run failed.
+    """Does the runs that aren't recorded yet, each in a process of its own. Returns the Results, None where a run failed.
 
-    workers: one per CUDA device by default, or one on a CPU; they take the devices in turn and share the cores.
+    workers: processes at a time; by default one per CUDA device, or one on a CPU. They take the devices in turn and share the cores.
     What check_run refuses is reported before anything starts. User errors are reported with the log, runs/logs/<id>.log; crashes are
     retried twice; other runs continue. Several runners may share a folder: a run is started only once. The processes end with
     their runner (on Linux; elsewhere, after kill -9, they finish their run), and the same call continues from their last epochs.
@@ -304,8 +305,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# On a cluster
+# ---- On a cluster ----------------------------------------------------------------------------------------------------
 
 
 def write_slurm(configs, file, runs=None, max_running=None):

@@ -32,8 +32,7 @@ from pyra_lab.training import find_source, image_size
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 class Speed(NamedTuple):
@@ -100,8 +99,8 @@ def summarise_rounds(took, batch_size, memory):
     first = next(iter(took.values()))
     speeds = {}
     for name, t in took.items():
-        speedup = statistics.median(map(operator.truediv, first, t))
-        speeds[name] = Speed(batch_size / statistics.median(t), batch_size / max(t), batch_size / min(t), speedup, 1000 * statistics.median(t), memory[name])
+        median, speedup = statistics.median(t), statistics.median(map(operator.truediv, first, t))
+        speeds[name] = Speed(batch_size / median, batch_size / max(t), batch_size / min(t), speedup, 1000 * median, memory[name])
     return speeds
 
 
@@ -149,8 +148,7 @@ def images_to_time(config, count):
     return normalize(pixels[sample_indices(len(pixels), count)], config.norm)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A schedule for a speed-up
+# ---- A schedule for a speed-up ---------------------------------------------------------------------------------------
 
 
 class Fitted(NamedTuple):
@@ -249,8 +247,7 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
     return Fitted(best.schedule, ratio, best.speedup, best.images_per_second, misses[ratio])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables on random weights
+# ---- Tables on random weights ----------------------------------------------------------------------------------------
 
 
 def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
