@@ -1,0 +1,212 @@
+"""What every row of METHODS and of PEFTS promises, those added at run time too."""
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BACKBONE, ONE_STEP, R, ROOT, batch, tiny, trained
+from safetensors.torch import load_file
+
+import pyra
+from pyra_lab import Config, Method, Peft, budget, build_model, config, epochs, fold, load_run, methods, pruning, recorded, run
+from pyra_lab.methods import METHODS, PEFTS
+from pyra_lab.pefts import adapter, fact, snf
+from pyra_lab.reducers import diffrate, ltmp
+
+ADAPTERS = Path(__file__).parent / "golden" / "adapters"
+
+# One line per method: what a small model needs; and which of its trained parameters can't learn there, as the beginnings of their names.
+METHOD_CASES = {
+    "plain": dict(),
+    "tome": dict(),
+    "pyra": dict(idle=("blocks.2.reducer.",)),  # nothing of the last block's merging reaches the class token
+    "evit": dict(),
+    "tofu": dict(),
+    "ats": dict(plan=[27, 21, 18]),
+    "ltmp": dict(),
+    "diffrate": dict(plan=[[36, 36], [25, 20], [30, 18]]),
+    "rap": dict(plan=[[2, 20], [1, 48], [2, 11]]),
+}
+# The same per PEFT, together with PYRA.
+PEFT_CASES = {
+    "lora": dict(),
+    "adapter": dict(),
+    "convpass": dict(),
+    "fact_tt": dict(),
+    "fact_tk": dict(),
+    "snf": dict(),
+    "full": dict(),
+}
+CASES = [(method, "lora") for method in METHOD_CASES] + [("pyra", peft) for peft in PEFT_CASES if peft != "lora"]
+UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5)
+
+pytestmark = pytest.mark.usefixtures("small_backbone")
+
+
+def small_config(method="pyra", peft="lora", **fields):
+    return Config(**{**ONE_STEP, "method": method, "peft": peft, "peft_dim": 4, "weight_decay": 0.0, **fields})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every row
+
+
+def test_every_row_has_its_cases_here():
+    assert METHOD_CASES.keys() == METHODS.keys() and PEFT_CASES.keys() == PEFTS.keys()
+
+
+def test_every_row_is_in_the_readme():
+    """In a table whose first column has its name."""
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert not [name for name in (*METHODS, *PEFTS) if name not in listed]
+
+
+@pytest.mark.parametrize("method, peft", CASES)
+def test_a_row_trains_saves_loads_and_folds(tmp_path, method, peft):
+    """In its second step, when no factor is zero any more, each trained parameter has a gradient and moves, and nothing else does."""
+    case, c = METHOD_CASES[method], small_config(method, peft).resolved()
+    idle = case.get("idle", ()) + PEFT_CASES[peft].get("idle", ())
+    model = build_model(c, 5, case.get("plan"))
+    loss_of, optimizer = epochs.make_loss(model, c, 5), epochs.make_optimizer(model, c)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(batch(6), torch.arange(6) % 5, None)[0].backward()
+        optimizer.step()
+        for block in model.blocks:
+            getattr(block.reducer, "after_step", lambda: None)()
+    for name, p in model.named_parameters():
+        learns = p.requires_grad and not name.startswith(idle)
+        assert (p.grad is not None and bool(p.grad.any())) == learns, name
+        assert torch.equal(p, start[name]) != learns, name
+    assert sum(methods.count_trained(model).values()) == sum(p.numel() for p in trained(model).values())
+
+    pyra.save_adapter(model.eval(), tmp_path / "a.safetensors")
+    fresh = build_model(c, 5, case.get("plan")).eval()
+    logits = model(batch())
+    assert not torch.equal(fresh(batch()), logits)
+    assert torch.equal(pyra.load_adapter(fresh, tmp_path / "a.safetensors")(batch()), logits)
+
+    folded = fold(copy.deepcopy(model))
+    torch.testing.assert_close(folded(batch()), logits, rtol=1e-4, atol=1e-5)
+    assert bool(folded.folded) == (PEFTS[peft].fold is not None) == (methods.count_trained(folded)["peft"] == 0 and not PEFTS[peft].trains_backbone)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "rate" in row.uses and row.plan is None and row.dial is None])
+def test_a_method_without_plan_or_dial_meets_its_budget_as_it_is_built(method):
+    """From the start, within 5 %."""
+    c = small_config(method)
+    model = build_model(c, 5)
+    assert pyra.count_macs(model) == pytest.approx(budget.target_macs(c, model), rel=0.05)
+
+
+@pytest.mark.parametrize("method, peft", CASES)
+def test_fields_that_a_row_does_not_use_are_reset(method, peft):
+    """And so don't tell one run from another; those that method or PEFT use do."""
+    uses = METHODS[method].uses | PEFTS[peft].uses
+    assert uses <= methods.OPTIONAL == UNLIKE_DEFAULT.keys()
+    c = Config(method=method, peft=peft, backbone=BACKBONE, device="cpu", **UNLIKE_DEFAULT)
+    for name, value in UNLIKE_DEFAULT.items():
+        default = Config.__dataclass_fields__[name].default
+        assert getattr(c.resolved(), name) == (value if name in uses else default), name
+        assert (dataclasses.replace(c, **{name: default}).id() != c.id()) == (name in uses), name
+
+
+def test_rows_say_what_they_are():
+    """A title for tables and figures, no two alike, and a help text for the command line."""
+    for table in (METHODS, PEFTS):
+        assert len({row.title for row in table.values()}) == len(table) and all(row.help and not row.help.endswith(".") for row in table.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows added at run time
+
+
+def test_a_method_added_at_run_time(monkeypatch, task, tmp_path):
+    """Works in Config, on the command line, in build_model, run and load_run, and is found again; before and after it is refused."""
+    with pytest.raises(ValueError, match="method must be one of plain, .*, not 'half'"):
+        Config(method="half")
+    half = Method("Half", "merges half as many pairs", lambda model, c, plan: pyra.add_tome(model, [r // 2 for r in budget.schedule(c, model)]))
+    monkeypatch.setitem(METHODS, "half", half)
+    c = Config(task=task, method="half", **ONE_STEP)
+    assert config.parse(config.arguments(c)) == c
+    assert pyra.token_counts(build_model(c, 3)) == [37, 32, 29, 28]
+    with pytest.warns(UserWarning, match="misses its MAC budget by"):
+        result = run(c, tmp_path, progress=False)
+    assert result.token_counts == [37, 32, 29, 28] and "-half-" in result.folder
+    assert load_run(result).blocks[0].reducer.r == 5
+    assert run(c, tmp_path, progress=False) == result == recorded(c, ["method"], tmp_path)[0]
+    assert dataclasses.replace(c, s=3).id() == c.id() != dataclasses.replace(c, rate=[8, 6, 4]).id()
+
+
+class Shift(torch.nn.Module):
+    """A reducer that removes nothing, with a trained number and a learning rate for it."""
+
+    lrs = {"shift": 0.25}
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.settings = torch.nn.Parameter(torch.tensor(0.5)), dict(kind="shift")
+
+    def tokens_after(self, n):
+        return n
+
+    def forward(self, tokens, qkv):
+        return tokens._replace(x=tokens.x + self.shift)
+
+
+def test_a_reducer_with_a_trained_parameter_needs_its_class_and_its_row(monkeypatch, task, tmp_path):
+    """It trains at its own learning rate, without decay, is recorded as the reducer's, and comes back with the adapter."""
+    monkeypatch.setitem(METHODS, "shift", Method("Shift", "shifts", lambda model, c, plan: pyra.set_reducers(model, [Shift() for _ in model.blocks]), frozenset({"s"})))
+    c = Config(task=task, method="shift", s=2, **ONE_STEP)
+    assert c.resolved().s == 2 and c.resolved().rate == "high"  # what it uses, and what it doesn't
+    groups = {group["name"]: group for group in epochs.make_optimizer(build_model(c, 3), c.resolved()).param_groups}
+    assert groups["shift"]["lr"] == 0.25 and groups["shift"]["weight_decay"] == 0 and len(groups["shift"]["params"]) == 3
+    result = run(c, tmp_path, progress=False)
+    assert result.trained["reducer"] == 3
+    shifts = [block.reducer.shift.item() for block in load_run(result).blocks]
+    assert all(abs(shift - 0.5) > 0.1 for shift in shifts)  # Adam's first step is as long as the learning rate
+
+
+def train_biases(model, c):
+    """BitFit."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(pyra.is_adapter(name) or name.startswith("blocks.") and name.endswith(".bias"))
+    return model
+
+
+def test_a_peft_added_at_run_time(monkeypatch, task, tmp_path):
+    monkeypatch.setitem(PEFTS, "bitfit", Peft("BitFit", "trains the biases", train_biases, frozenset()))
+    c = Config(task=task, method="tome", peft="bitfit", **ONE_STEP)
+    result = run(c, tmp_path, progress=False)
+    model = load_run(result)
+    assert {name for name in trained(model)} == {name for name, _ in model.named_parameters() if name.startswith("head.") or name.startswith("blocks.") and name.endswith("bias")}
+    assert dataclasses.replace(c, lora_rank=7).id() == c.id()
+
+
+@pytest.mark.parametrize("table, row", [(METHODS, Method("Lost", "forgets to return", lambda model, c, plan: None)), (PEFTS, Peft("Lost", "forgets to return", lambda model, c: None))],
+                         ids=["method", "peft"])
+def test_add_must_return_the_model(monkeypatch, table, row):
+    monkeypatch.setitem(table, "lost", row)
+    with pytest.raises(ValueError, match="add of Lost must return the model, not None"):
+        build_model(small_config(**{"method" if table is METHODS else "peft": "lost"}), 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters of an earlier version
+
+
+@pytest.mark.parametrize("name, add", [
+    ("pyra-lora", lambda model: pyra.add_pyra(pyra.add_lora(model, rank=2), R)),
+    ("ltmp-snf", lambda model: ltmp.add_ltmp(snf.add_snf(model))),
+    ("diffrate-fact_tk", lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(fact.add_fact(model, "tk", rank=4, scale=10)), [(36, 36), (25, 20), (30, 9)])),
+    ("rap-adapter", lambda model: adapter.add_adapter(pruning.prune_channels(model, [(2, 20), (1, 48), (3, 7)]), dim=4)),
+])
+def test_adapters_of_the_first_version_still_load(name, add):
+    """With the logits that they gave there: names, metadata and the hash of the backbone are as they were."""
+    model = pyra.load_adapter(add(tiny()), ADAPTERS / f"{name}.safetensors").eval()
+    torch.testing.assert_close(model(batch()), load_file(ADAPTERS / "logits.safetensors")[name], rtol=1e-4, atol=1e-5)
