@@ -7,8 +7,7 @@ faster in the same, single training stage:
 2. ToMe merges the r^l most similar token pairs of every block l between attention and MLP, so later blocks have less to do.
 3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the
    pairs and yield a gate per channel and a gate per token; their product re-activates what averaging would blur.
-
-After training, LoRA folds into the backbone. What is left is a ViT that merges tokens, plus about 10,000 numbers of modulation.
+   After training, LoRA folds into the backbone, and what is left is a ViT that merges tokens, with 10,000 numbers of modulation.
 
     model = create_model("vit_base_patch16_224", num_classes=100)
     load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a .safetensors / .pth / .npz file
@@ -23,19 +22,20 @@ Axes: b batch, n tokens, h heads, d head dim, c channels, r merged pairs, s modu
 Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
 - the modulation's LayerNorm has no affine part: only so does ViT-B count the paper's 9.4 K parameters;
 - `param_groups` gives the generators their own learning rate; in the published code that option matches no parameter;
-- LoRA's B starts at zero, so that training starts at the pre-trained model (`init="published"` for the code's init);
+- LoRA's B starts at zero, so that training starts at the pre-trained model; the published code draws it at random;
 - a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
 - a schedule is an argument, not a list popped during the forward: two forwards agree, and so do compile and checkpointing.
-
-It imports torch and einops; safetensors, numpy and huggingface_hub only where such a file is read or written.
 """
 
+import argparse
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-from pathlib import Path
+import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,44 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from einops import rearrange, repeat
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules: how many pairs each block merges
+# ---- What public functions check -------------------------------------------------------------------------------------
+
+
+def require(condition, sentence):
+    """Raises ValueError with the sentence unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def unwrap(model):
+    """The model inside torch.compile, DistributedDataParallel and DataParallel, in any nesting."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def on_model(function):
+    """Lets a function whose first argument is a model take a wrapped one too, and refuses a foreign one. Raises ValueError."""
+    @functools.wraps(function)
+    def wrapper(model, *args, **kwargs):
+        own = unwrap(model)
+        if not isinstance(own, VisionTransformer):
+            raise ValueError(f"{function.__name__} needs a pyra.VisionTransformer, not a {type(own).__name__}: see create_model and load_pretrained")
+        result = function(own, *args, **kwargs)
+        return model if result is own else result
+
+    return wrapper
+
+
+def check_integer(name, value, least=1):
+    """The value as an int. Raises ValueError unless it is an integer of any kind, no bool, and large enough."""
+    kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    integer = not isinstance(value, bool) and hasattr(value, "__index__")
+    require(integer and value.__index__() >= least, f"{name} must be {kind}, not {value!r}")
+    return value.__index__()
+
+
+# ---- Schedules: how many pairs each block merges ---------------------------------------------------------------------
 
 # Table 5 of the supplement. For ViT-L the table prints 23 entries for 24 blocks: one of its 4s is missing (the published
 # code has three). The low lists are the constant 16 and 8; the last block has too few tokens left for a full entry.
@@ -57,29 +93,20 @@ PAPER_SCHEDULES = {
 }
 
 
-def check_integer(name, value, least=1):
-    """Raises ValueError unless the value is an int, no bool, and large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be {'a positive integer' if least == 1 else f'an integer of at least {least}'}, not {value!r}")
-
-
 def check_flops_ratio(flops_ratio):
     """F/f, how many times fewer operations, must be a finite number above 1. Raises ValueError."""
-    if isinstance(flops_ratio, bool) or not isinstance(flops_ratio, (int, float)) or not 1 < flops_ratio < math.inf:
-        raise ValueError(f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+    number = isinstance(flops_ratio, (int, float)) and not isinstance(flops_ratio, bool)
+    require(number and 1 < flops_ratio < math.inf, f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
 
 
 def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
 
     depth: L, blocks. tokens: T, patches at the start (special tokens not counted). remaining: t, patches after the last
-    block. flops_ratio: F/f, how many times fewer operations; 2 gives a constant schedule. Returns a list of L ints.
-    The equation approximates: the MACs it reaches are a few per cent off F/f. Raises ValueError.
+    block. flops_ratio: F/f, which the MACs meet to a few per cent; 2 gives a constant schedule. Returns L ints. Raises ValueError.
     """
-    for name, value, least in (("depth", depth, 1), ("remaining", remaining, 0), ("tokens", tokens, 1)):
-        check_integer(name, value, least)
-    if remaining >= tokens:
-        raise ValueError(f"remaining ({remaining}) must be less than tokens ({tokens})")
+    check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
+    require(remaining < tokens, f"remaining ({remaining}) must be less than tokens ({tokens})")
     check_flops_ratio(flops_ratio)
 
     def g(x):
@@ -97,10 +124,9 @@ def merge_schedule(rate, depth=12, tokens=196):
     half of them merge, so that every schedule can be satisfied.
     """
     if isinstance(rate, str):
-        if rate not in ("low", "high"):
-            raise ValueError(f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
-        if (rate, depth) not in PAPER_SCHEDULES or tokens != 196:
-            raise ValueError(f"the paper's {rate!r} schedule is for depths 12 and 24 and 196 patches, not {depth!r} and {tokens!r}; pass a number for Eq. (1)")
+        require(rate in ("low", "high"), f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
+        require((rate, depth) in PAPER_SCHEDULES and tokens == 196, f"the paper's {rate!r} schedule is for depths 12 and 24 and 196 patches, "
+                                                                    f"not {depth!r} and {tokens!r}; pass a number for Eq. (1)")
         return list(PAPER_SCHEDULES[rate, depth])
     r, left = [], tokens
     for entry in solve_schedule(depth, tokens, flops_ratio=rate):
@@ -109,61 +135,46 @@ def merge_schedule(rate, depth=12, tokens=196):
     return r
 
 
-def most_macs_ratio(model, remaining=4):
-    """How many times fewer MACs the strongest merging leaves: half of the tokens in every block, down to `remaining` patches."""
-    counts = [model.num_patches + model.specials]
-    for _ in model.blocks:
-        counts.append(counts[-1] - min(most_merges(counts[-1], model.specials), counts[-1] - model.specials - remaining))
-    return macs_of_counts(model, counts[:1] * len(counts)) / macs_of_counts(model, counts)
+def counts_along(model, exponent, remaining):
+    """Tokens before the first block and after each along Eq. (1)'s curve with any exponent; each block merges at most half of its tokens."""
+    counts, depth = [model.num_patches + model.specials], len(model.blocks)
+    for l in range(1, depth + 1):
+        goal = round(model.specials + remaining + (model.num_patches - remaining) * (1 - l / depth) ** exponent)
+        counts.append(min(counts[-1], max(goal, counts[-1] - most_merges(counts[-1], model.specials))))
+    return counts
 
 
+@on_model
 def solve_macs(model, flops_ratio, remaining=4):
     """The schedule of Eq. (1)'s family with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model.
 
     Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the
-    exponent is solved for, and rounding errors carry over to the next block; then single pairs are moved while that helps.
+    exponent is solved for, and rounding errors carry over to the next block; then single tokens are moved while that helps.
     A block merges at most half of its tokens, and at least `remaining` patches are left. Returns a list with one int per
     block. Raises ValueError where no schedule saves so many operations.
     """
     check_flops_ratio(flops_ratio)
     check_integer("remaining", remaining)
-    if remaining >= model.num_patches:
-        raise ValueError(f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
-    depth, start = len(model.blocks), model.num_patches + model.specials
-    counts = lambda r: [start - sum(r[:l]) for l in range(depth + 1)]
-    plain = macs_of_counts(model, [start] * (depth + 1))
-
-    def curve(exponent):
-        r, n = [], start
-        for l in range(1, depth + 1):
-            due = (model.num_patches - remaining) * (1 - (1 - l / depth) ** exponent) - sum(r)
-            r.append(max(0, min(round(due), most_merges(n, model.specials))))
-            n -= r[-1]
-        return r
-
-    def miss(r):
-        return abs(plain / macs_of_counts(model, counts(r)) / flops_ratio - 1)
-
-    most = most_macs_ratio(model, remaining)
-    if flops_ratio > most:
-        raise ValueError(f"flops_ratio {flops_ratio:g} is out of reach: merging down to {remaining} patches reaches {most:.2f} at most")
+    require(remaining < model.num_patches, f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
+    start, least = model.num_patches + model.specials, remaining + model.specials
+    ratio = lambda counts: macs_of_counts(model, [start] * len(counts)) / macs_of_counts(model, counts)
+    most = ratio(counts_along(model, math.inf, remaining))  # half of the tokens in every block
+    require(flops_ratio <= most, f"flops_ratio {flops_ratio:g} is out of reach: merging down to {remaining} patches reaches {most:.2f} at most")
+    miss = lambda counts: abs(ratio(counts) / flops_ratio - 1)
+    fits = lambda counts: counts[-1] >= least and all(0 <= n - m <= most_merges(n, model.specials) for n, m in zip(counts, counts[1:]))
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if plain / macs_of_counts(model, counts(curve(middle))) < flops_ratio else (low, middle)
-    best = min(curve(low), curve(high), key=miss)
-    while True:
-        moves = [best[:l] + [best[l] + step] + best[l + 1:] for l in range(depth) for step in (-1, 1)]
-        moves = [r for r in moves if sum(r) <= model.num_patches - remaining
-                 and all(0 <= m <= most_merges(n, model.specials) for m, n in zip(r, counts(r)))]
-        move = min(moves, key=miss, default=best)
-        if miss(move) >= miss(best):
-            return best
-        best = move
+        low, high = (middle, high) if ratio(counts_along(model, middle, remaining)) < flops_ratio else (low, middle)
+    best, better = None, min((counts_along(model, exponent, remaining) for exponent in (low, high)), key=miss)
+    while best is None or miss(better) < miss(best):
+        best = better  # a pair more or less in block l: a token less or more after it and after all later ones
+        moves = [best[:l] + [n + step for n in best[l:]] for l in range(1, len(best)) for step in (-1, 1)]
+        better = min(filter(fits, moves), key=miss, default=best)
+    return [n - m for n, m in zip(best, best[1:])]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens: what flows through the blocks
+# ---- Tokens: what flows through the blocks ---------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
@@ -183,8 +194,7 @@ class QKV(NamedTuple):
     v: torch.Tensor
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 def drop_mask(x, rate):
@@ -210,7 +220,7 @@ class LoRALinear(nn.Linear):
     On qkv this is the paper's form: one A (rank, c) shared by q, k and v, and one joint B (3c, rank).
     """
 
-    def __init__(self, linear, rank, dropout=0.0, init="zero"):
+    def __init__(self, linear, rank, dropout=0.0):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -218,11 +228,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
         self.dropout = dropout
         self.train(linear.training)
-        if init == "zero":
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        else:  # the published code re-initialises every nn.Linear after LoRA set its own weights
-            nn.init.trunc_normal_(self.lora_a, std=0.02)
-            nn.init.trunc_normal_(self.lora_b, std=0.02)
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -238,8 +244,7 @@ class LoRALinear(nn.Linear):
         return with_update(self, self.lora_b.float() @ self.lora_a.float())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Matching, merging, modulation
+# ---- Matching, merging, modulation -----------------------------------------------------------------------------------
 
 
 class Matching(NamedTuple):
@@ -285,20 +290,25 @@ def match(metric, r, specials=1):
 
 
 def rows(index, n):
-    """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch, image after image."""
+    """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch."""
     return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
 def take(x, index):
     """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). On a CPU copying whole rows is 20 times as fast as a gather."""
     taken = rearrange(x, "b n c -> (b n) c").index_select(0, rows(index, x.shape[1]))
-    return rearrange(taken, "(b m) c -> b m c", b=x.shape[0])
+    return rearrange(taken, "(b m) c -> b m c", b=x.shape[0], m=index.shape[1])
 
 
 def add_at(x, index, y):
     """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); several may go to the same token."""
     added = rearrange(x, "b n c -> (b n) c").index_add(0, rows(index, x.shape[1]), rearrange(y, "b m c -> (b m) c"))
-    return rearrange(added, "(b n) c -> b n c", b=x.shape[0])
+    return rearrange(added, "(b n) c -> b n c", b=x.shape[0], n=x.shape[1])
+
+
+def widen(x):
+    """x, but float16 as float32: sums of tokens, each times its size, go beyond float16's range."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def merge(tokens, matching, modulate=None):
@@ -307,7 +317,7 @@ def merge(tokens, matching, modulate=None):
     modulate: None, or a function (sources, destinations) -> sources, all (b, r, c), weighted by size, the most similar pair
     first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer.
     """
-    x, size, source = tokens
+    x, size, source = widen(tokens.x), tokens.size, tokens.source
     order, dst = matching
     r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
     if size is None:
@@ -324,7 +334,7 @@ def merge(tokens, matching, modulate=None):
 
     new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
     new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
-    return Tokens(x / size.to(x.dtype), size, new_index.gather(1, source))
+    return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, source))
 
 
 def modulate(src, dst, w_r, w_d):
@@ -374,7 +384,6 @@ class ToMe(nn.Module):
     def extra_repr(self):
         return f"r={self.r}"
 
-
 class PYRA(ToMe):
     """ToMe with modulation: w_r has one row per merged pair, in order of similarity, so r is exact and never clamped."""
 
@@ -384,28 +393,17 @@ class PYRA(ToMe):
         self.w_d = nn.Parameter(torch.zeros(s, dim))  # zeros: training starts at ToMe
 
     def forward(self, tokens, qkv):
-        return merge(tokens, self.match(qkv), lambda src, dst: modulate(src, dst, self.w_r, self.w_d))
+        return merge(tokens, self.match(qkv), lambda src, dst: modulate(src, dst, widen(self.w_r), widen(self.w_d)))
 
     def extra_repr(self):
         return f"r={self.r}, s={self.w_r.shape[1]}"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The Vision Transformer
+# ---- The Vision Transformer ------------------------------------------------------------------------------------------
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the branch of each sample with probability `rate`."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if self.rate == 0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return x * (keep / (1 - self.rate))
+def drop_path(x, rate):
+    """Stochastic depth: drops a branch (b, n, c) for each sample with probability `rate`."""
+    return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate) / (1 - rate)) if rate else x
 
 
 class PatchEmbed(nn.Module):
@@ -462,9 +460,8 @@ def residual(tokens, u, branch):
 class Block(nn.Module):
     """A transformer block that reduces its tokens between attention and MLP.
 
-    A PEFT may replace any linear map by its own, and the two joins `peft_attn` and `peft_mlp`, called as
-    join(tokens, u, branch) -> x (b, n, c). What it adds is named peft_..., so that it is trained and saved; a module that
-    adds work for n tokens says how much by `macs(n)`.
+    A PEFT may replace any linear map, and the two joins `peft_attn` and `peft_mlp`, called as join(tokens, u, branch) -> x (b, n, c).
+    What it adds is named peft_..., so that it is trained and saved; a module that adds work for n tokens has `macs(n)`.
 
     A reducer is a module called as reducer(tokens, qkv) -> Tokens. Besides:
     - tokens_after(n): how many of n tokens are left, special ones included; raises ValueError where the image decides;
@@ -478,11 +475,11 @@ class Block(nn.Module):
     - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, drop_path):
+    def __init__(self, dim, num_heads, mlp_ratio, drop_path_rate=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path_rate = drop_path_rate
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.peft_attn = self.peft_mlp = residual
@@ -490,14 +487,15 @@ class Block(nn.Module):
         self.prop_attn = True  # proportional attention: weigh each key by its size
 
     def forward(self, tokens):
+        rate = self.drop_path_rate if self.training else 0.0
         u = self.norm1(tokens.x)
         qkv = self.attn.project(u)
-        branch = self.drop_path(self.attn(qkv, tokens.size if self.prop_attn else None))
+        branch = drop_path(self.attn(qkv, tokens.size if self.prop_attn else None), rate)
         tokens = tokens._replace(x=self.peft_attn(tokens, u, branch))
         if self.reducer is not None:
             tokens = self.reducer(tokens, qkv)
         u = self.norm2(tokens.x)
-        return tokens._replace(x=self.peft_mlp(tokens, u, self.drop_path(self.mlp(u))))
+        return tokens._replace(x=self.peft_mlp(tokens, u, drop_path(self.mlp(u), rate)))
 
 
 class VisionTransformer(nn.Module):
@@ -515,14 +513,10 @@ class VisionTransformer(nn.Module):
         for name, value in dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads).items():
             check_integer(name, value)
         check_integer("num_classes", num_classes, least=0)
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        if global_pool not in ("token", "avg"):
-            raise ValueError(f"global_pool must be 'token' or 'avg', not {global_pool!r}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be at least 0 and less than 1, not {drop_path_rate!r}")
+        require(img_size % patch_size == 0, f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        require(global_pool in ("token", "avg"), f"global_pool must be 'token' or 'avg', not {global_pool!r}")
+        require(0 <= drop_path_rate < 1, f"drop_path_rate must be at least 0 and less than 1, not {drop_path_rate!r}")
         self.img_size, self.patch_size, self.embed_dim, self.num_classes = img_size, patch_size, embed_dim, num_classes
         self.distilled, self.global_pool = distilled, global_pool
         self.num_patches = (img_size // patch_size) ** 2
@@ -538,10 +532,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + self.num_patches, embed_dim))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
-        if global_pool == "avg":
-            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        else:
-            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        setattr(self, "fc_norm" if global_pool == "avg" else "norm", nn.LayerNorm(embed_dim, eps=1e-6))
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if distilled:
             self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -578,8 +569,9 @@ class VisionTransformer(nn.Module):
         """Tokens after the last block -> what the head reads, (b, c)."""
         if self.global_pool == "token":
             return self.norm(tokens.x[:, 0])
-        x, size = tokens.x[:, self.specials:], tokens.size[:, self.specials:].to(tokens.x.dtype)
-        return self.fc_norm((x * size).sum(dim=1) / size.sum(dim=1))
+        x = widen(tokens.x[:, self.specials:])
+        size = tokens.size[:, self.specials:].to(x.dtype)
+        return self.fc_norm(((x * size).sum(dim=1) / size.sum(dim=1)).to(tokens.x.dtype))
 
     def forward(self, images):
         """images (b, 3, img_size, img_size), normalised -> logits (b, num_classes) of the class head."""
@@ -587,8 +579,7 @@ class VisionTransformer(nn.Module):
 
     def forward_heads(self, images):
         """A distilled model's logits of both heads, two (b, num_classes); DeiT's and timm's answer is their mean."""
-        if not self.distilled or self.global_pool != "token":
-            raise ValueError("forward_heads is for a distilled model with global_pool='token'")
+        require(self.distilled and self.global_pool == "token", "forward_heads is for a distilled model with global_pool='token'")
         x = self.norm(self.forward_tokens(images).x[:, :2])
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 
@@ -612,13 +603,11 @@ def create_model(name, **kwargs):
     kwargs are VisionTransformer's: num_classes=..., drop_path_rate=..., global_pool="avg" for MAE's. Raises ValueError.
     """
     size = str(name).split(".")[0]
-    if size not in SIZES:
-        raise ValueError(f"no model is called {name!r}; there are {', '.join(SIZES)}")
+    require(size in SIZES, f"no model is called {name!r}; there are {', '.join(SIZES)}")
     return VisionTransformer(**{**SIZES[size], **kwargs})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Surgery: adapting and merging an existing model
+# ---- Surgery: adapting and merging an existing model -----------------------------------------------------------------
 
 
 def is_adapter(name):
@@ -626,6 +615,7 @@ def is_adapter(name):
     return "lora_" in name or "peft_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
 
 
+@on_model
 def freeze(model):
     """Freezes the backbone: only the parameters of `is_adapter` are trained. Returns the model."""
     for name, p in model.named_parameters():
@@ -637,29 +627,26 @@ def check_peft(model, dropout=0.0, **sizes):
     """Checks what every PEFT needs: sizes that are positive integers, a dropout rate, and a model without a PEFT. Raises ValueError."""
     for name, value in sizes.items():
         check_integer(name, value)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
-    if any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks):
-        raise ValueError("the model has LoRA already; merge_lora folds it in")
-    if model.peft:
-        raise ValueError(f"the model has {model.peft['name']} already, and takes one PEFT")
+    require(0 <= dropout < 1, f"dropout must be at least 0 and less than 1, not {dropout!r}")
+    lora = any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks)
+    present = model.peft["name"] if model.peft else "LoRA" if lora else None
+    require(not present, f"the model has {present} already, and takes one PEFT: fold that one in first")
 
 
-def add_lora(model, rank=8, dropout=0.1, init="zero"):
+@on_model
+def add_lora(model, rank=8, dropout=0.1):
     """Adds LoRA to every block's attn.qkv and freezes the backbone (see `freeze`). Returns the model.
 
-    rank: h in the paper. dropout: on LoRA's input, in training. init: "zero" (B = 0), or "published" (A and B truncated
-    normal, 0.02, as the published code has it in effect). Raises ValueError.
+    rank: h in the paper. dropout: on LoRA's input, in training. Raises ValueError.
     """
     check_peft(model, dropout, rank=rank)
-    if init not in ("zero", "published"):
-        raise ValueError(f"init must be 'zero' or 'published', not {init!r}")
     for block in model.blocks:
-        block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout, init)
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout)
     model.folded = None
     return freeze(model)
 
 
+@on_model
 def merge_lora(model):
     """Folds LoRA into qkv, W + B A, and removes its tensors: the same logits for less work. Returns the model."""
     for block in model.blocks:
@@ -672,16 +659,13 @@ def merge_lora(model):
 def check_schedule(model, r):
     """r, an int or a list, as a list of ints with one entry per block. Raises ValueError."""
     depth = len(model.blocks)
-    entries = [r] * depth if isinstance(r, int) else list(r) if isinstance(r, (list, tuple)) else None
-    if entries is None:
-        raise ValueError(f"r must be an integer or a list with one entry per block, not {r!r}")
-    if len(entries) != depth:
-        raise ValueError(f"the schedule has {len(entries)} entries, the model {depth} blocks")
-    for i, entry in enumerate(entries):
-        check_integer(f"block {i}: r", entry, least=0)
-    return entries
+    r = [r] * depth if hasattr(r, "__index__") else r
+    require(hasattr(r, "__len__") and not isinstance(r, (str, dict)), f"r must be an integer or a list with one entry per block, not {r!r}")
+    require(len(r) == depth, f"the schedule has {len(r)} entries, the model {depth} blocks")
+    return [check_integer(f"block {i}: r", entry, least=0) for i, entry in enumerate(r)]
 
 
+@on_model
 def set_reducers(model, reducers, prop_attn=True, attend=attend):
     """Gives each block its reducer, or None, in place of the one that it had and of all that came with that one. Returns the model.
 
@@ -693,6 +677,7 @@ def set_reducers(model, reducers, prop_attn=True, attend=attend):
     return model
 
 
+@on_model
 def add_tome(model, r, prop_attn=True):
     """Merges tokens in every block with r > 0, in place of any reducer there is. Returns the model.
 
@@ -702,6 +687,7 @@ def add_tome(model, r, prop_attn=True):
     return set_reducers(model, [ToMe(entry, model.specials) if entry else None for entry in check_schedule(model, r)], prop_attn)
 
 
+@on_model
 def add_pyra(model, r, s=1, prop_attn=True):
     """Merges with modulation in every block with r > 0, in place of any reducer there is. Returns the model.
 
@@ -709,16 +695,16 @@ def add_pyra(model, r, s=1, prop_attn=True):
     s: rank of the generators w_r (r, s) and w_d (s, c). Raises ValueError.
     """
     check_integer("s", s)
-    entries = check_schedule(model, r)
-    n = model.num_patches + model.specials
+    entries, n = check_schedule(model, r), model.num_patches + model.specials
     for i, entry in enumerate(entries):
-        if entry > (most := most_merges(n, model.specials)):
-            raise ValueError(f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
+        most = most_merges(n, model.specials)
+        require(entry <= most, f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
         n -= entry
     reducers = [PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries]
     return set_reducers(model, reducers, prop_attn)
 
 
+@on_model
 def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_decay=None):
     """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
 
@@ -753,8 +739,7 @@ def layers_above(name, depth):
     return depth + 1 if name.startswith(("patch_embed.", "pos_embed", "cls_token", "dist_token")) else 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def first_line(error):
@@ -762,56 +747,39 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def write_atomically(path, write):
-    """write(partial path), then rename: whenever the process is killed, `path` is complete or as it was before."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except Exception as error:
-        # a full disk raises any of these in Python, torch and safetensors
-        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
-            raise
-        raise OSError(f"{path} can't be written ({first_line(error)}): is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def check_fit(source, own, given, optional=()):
     """Raises ValueError unless the tensors `given` have the names and shapes of `own`, {name: tensor}; some names may be optional."""
     missing = [k for k in own if k not in given and not k.startswith(tuple(optional))]
     unexpected = [k for k in given if k not in own]
     misshapen = [f"{k} as {tuple(given[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in given and given[k].shape != own[k].shape]
-    for what, names in (("lacks", missing), ("has the unexpected", unexpected), ("has", misshapen)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{source} doesn't fit the model: it {what} {', '.join(names[:5])}{more}")
+    few = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {few(unexpected)}; is it a plain ViT?")
+    for what, names in (("has", misshapen), ("lacks", missing), ("has the unexpected", unexpected)):
+        require(not names, f"{source} doesn't fit the model: it {what} {few(names)}")
 
 
+@on_model
 @torch.no_grad()
 def load_pretrained(model, source):
     """Loads a backbone's weights, strictly. Returns the model.
 
-    source: a file, .safetensors, .pth / .pt / .bin (plain, or under "model" or "state_dict"; "module." in front of names is
-    removed) or .npz (Google's JAX release); or a timm name on the Hugging Face hub, "vit_base_patch16_224.orig_in21k".
-    A head stays as it is where the file has none, or one for another number of classes. The position embedding is resized to
-    the model's grid. With global_pool="avg" the file's final norm isn't used: MAE trains a new fc_norm. Nothing in a file is
-    executed. Raises FileNotFoundError, or ValueError that lists what is missing, unexpected or misshapen.
+    source: a file, .safetensors, .pth / .pt / .bin / .ckpt / .tar or .npz (Google's JAX release); a timm name on the Hugging Face
+    hub, "vit_base_patch16_224.orig_in21k", or "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging
+    Face's, behind any prefixes of wrappers; EMA weights come first, as in timm, with a warning. A head stays as it is where the source
+    has none, or one for another number of classes. The position embedding is resized to the model's grid. With global_pool="avg" the
+    source's final norm isn't used: MAE trains a new fc_norm. No code in a file is run. Raises FileNotFoundError, ValueError.
     """
-    weights = read_checkpoint(source)
-    if "blocks.0.norm1.weight" not in weights and "embedding/kernel" in {k.removeprefix("opt/target/") for k in weights}:
-        weights = from_google(weights)
-    weights = {k: v for k, v in weights.items() if not k.startswith("pre_logits.")}  # original in21k; Google drops it too
+    source, weights = read_checkpoint(source)
+    weights = to_timm_names(source, weights)
     if model.global_pool == "avg":
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
-
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
     for head in ("head", "head_dist")[: model.specials]:
         if f"{head}.weight" in weights and len(weights[f"{head}.weight"]) != model.num_classes:
             weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
-    if "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model)
-
+    position = weights.get("pos_embed", own["pos_embed"])
+    if position.shape != own["pos_embed"].shape and position.shape[-1] == model.embed_dim:
+        weights["pos_embed"] = resize_pos_embed(position, model)
     check_fit(source, own, weights, optional=("head.", "head_dist.", "fc_norm."))
     for name, value in weights.items():
         own[name].copy_(value)
@@ -819,11 +787,13 @@ def load_pretrained(model, source):
 
 
 def read_checkpoint(source):
-    """{name: tensor} of a file, or of a model on the hub; see load_pretrained."""
-    path, suffix = str(source), os.path.splitext(str(source))[1]
-    if suffix not in (".safetensors", ".pth", ".pt", ".bin", ".npz"):
-        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise ValueError(f"weights must be a .safetensors, .pth, .pt, .bin or .npz file or a name on the hub, not {path!r}")
+    """load_pretrained's source -> how messages call it, {name: tensor}."""
+    if isinstance(source, (nn.Module, Mapping)):
+        return "the source", find_weights("the source", source if isinstance(source, Mapping) else unwrap(source).state_dict())
+    path, suffix = os.path.expanduser(source), os.path.splitext(str(source))[1]
+    if suffix not in SUFFIXES:
+        named = not os.path.exists(path) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+        require(named, f"weights must be a {', '.join(SUFFIXES)} file or a name on the hub, not {path!r}")
         from huggingface_hub import hf_hub_download
         try:
             path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
@@ -841,106 +811,134 @@ def read_checkpoint(source):
             with np.load(path, allow_pickle=False) as arrays:
                 weights = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's arguments: data, no code
+                weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or pickled code
-        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {first_line(error)}") from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    return {k.removeprefix("module."): v for k, v in weights.items()}
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it holds a {found[1]}, which could run code; save its state dict alone" if found else first_line(error)[:200]
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {why}") from error
+    return path, find_weights(path, weights)
 
 
-def from_google(arrays):
-    """Google's JAX names and layouts (vision_transformer's .npz releases) -> timm's."""
-    arrays = {k.removeprefix("opt/target/"): v for k, v in arrays.items()}
+def find_weights(source, weights):
+    """The {name: tensor} in a training checkpoint, EMA weights first as in timm."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict"):
+        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
+            if key.endswith("_ema"):
+                warnings.warn(f"{source} holds EMA weights, {key}: they are loaded instead of the last step's", stacklevel=4)
+            weights = weights[key]
+    tensors = isinstance(weights, Mapping) and weights and all(isinstance(v, torch.Tensor) for v in weights.values())
+    require(tensors, f"{source} holds no dictionary of tensors")
+    return dict(weights)
+
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+# Other releases' names -> timm's, applied from top to bottom. timm's own match none of these.
+RENAMES = [
+    (r"^((module|_orig_mod|model|backbone|vit|deit)\.|opt/target/)+", ""),  # wrappers, in any nesting
+    # Google's JAX release
+    (r"^cls$", "cls_token"), (r"^embedding/", "patch_embed.proj/"), (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"), (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"LayerNorm_0/", "norm1/"),
+    (r"LayerNorm_2/", "norm2/"), (r"MlpBlock_3/Dense_0/", "mlp.fc1/"), (r"MlpBlock_3/Dense_1/", "mlp.fc2/"), (r"/scale$", ".weight"),
+    (r"MultiHead\w+_1/out/", "attn.proj/"), (r"MultiHead\w+_1/(query|key|value)/", r"attn.\1/"), (r"/(kernel|bias)$", r".\1"),
+    # Hugging Face's ViT and DeiT
+    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
+    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.output\.dense\.", "attn.proj."),
+    (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^layernorm\.", "norm."),
+    (r"^(cls_)?classifier\.", "head."), (r"^distillation_classifier\.", "head_dist."),
+]
+UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token")  # of pre-training; the authors drop them too
+
+
+def to_timm_names(source, weights):
+    """{name: tensor} of any known release -> timm's names and layouts."""
     renamed = {}
-
-    def move(old, new, pattern=None):
-        for part in ("kernel", "scale", "bias"):
-            if f"{old}/{part}" in arrays:
-                value, kind = arrays.pop(f"{old}/{part}"), "bias" if part == "bias" else "weight"
-                renamed[f"{new}.{kind}"] = rearrange(value, pattern) if pattern and part == "kernel" else value
-
-    for old, new in (("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed")):
-        if old in arrays:
-            renamed[new] = arrays.pop(old)
-    move("embedding", "patch_embed.proj", "p q k c -> c k p q")
-    move("Transformer/encoder_norm", "norm")
-    move("head", "head", "i o -> o i")
-    move("pre_logits", "pre_logits", "i o -> o i")
-    depth = 1 + max((int(m[1]) for m in (re.match(r"Transformer/encoderblock_(\d+)/", k) for k in arrays) if m), default=-1)
-    for i in range(depth):
-        old, new = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-        attention = f"{old}/MultiHeadDotProductAttention_1"
-        move(f"{old}/LayerNorm_0", f"{new}.norm1")
-        move(f"{old}/LayerNorm_2", f"{new}.norm2")
-        move(f"{old}/MlpBlock_3/Dense_0", f"{new}.mlp.fc1", "i o -> o i")
-        move(f"{old}/MlpBlock_3/Dense_1", f"{new}.mlp.fc2", "i o -> o i")
-        move(f"{attention}/out", f"{new}.attn.proj", "h d o -> o (h d)")
-        parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
-        if all(f"{part}/{kind}" in arrays for part in parts for kind in ("kernel", "bias")):
-            kernels, biases = ([arrays.pop(f"{part}/{kind}") for part in parts] for kind in ("kernel", "bias"))
-            renamed[f"{new}.attn.qkv.weight"] = rearrange(kernels, "three i h d -> (three h d) i")
-            renamed[f"{new}.attn.qkv.bias"] = rearrange(biases, "three h d -> (three h d)")
-    return {**renamed, **arrays}  # load_pretrained refuses what is left
+    for name, value in weights.items():
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".kernel") and value.ndim > 1:  # JAX: inputs first, heads apart
+            name = name.removesuffix("kernel") + "weight"
+            into_heads = value.ndim == 3 and not name.endswith("attn.proj.weight")
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.flatten(1).mT if into_heads else value.flatten(0, -2).mT
+        if re.search(r"attn\.(query|key|value)\.bias$", name):
+            value = value.flatten()
+        require(name not in renamed, f"{source} holds {name} twice, under different prefixes")
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
+    return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
 
 
 def resize_pos_embed(pos_embed, model):
     """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
     n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
     grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
-    if n < 1 or n != grid**2:
-        raise ValueError(f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
+    require(n == grid**2 > 0, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
     specials, patches = pos_embed[:, :model.specials], pos_embed[:, model.specials:]
     patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=grid)
     patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", antialias=True)
     return torch.cat([specials, rearrange(patches, "1 c y x -> 1 (y x) c").to(specials.dtype)], dim=1)
 
 
+def frozen(model):
+    """The names and values of the backbone's frozen parameters, sorted."""
+    return [(name, p.detach()) for name, p in sorted(model.named_parameters())
+            if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist.")]
+
+
+def sketch(model):
+    """For float16, whose rounding no hash survives: a projection of the frozen weights, their norm, and their type."""
+    values = torch.cat([torch.zeros(1), *(p.flatten()[:1000].float().cpu() for _, p in frozen(model))])
+    projection = (values @ torch.arange(len(values)).double().cos().float()).item()
+    return {"sketch": json.dumps([projection, values.norm().item()]), "dtype": str(model.pos_embed.dtype)}
+
+
+def same_sketch(a, b):
+    (x, norm), (y, _) = (json.loads(one.get("sketch", "[0, -1]")) for one in (a, b))
+    return "torch.float16" in (a.get("dtype"), b["dtype"]) and abs(x - y) <= 0.01 * norm
+
+
 def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
-    qkv = model.blocks[0].attn.qkv
     reducers = [block.reducer for block in model.blocks]
     settings = [getattr(reducer, "settings", None) for reducer in reducers]
-    frozen = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist."):
-            frozen.update(name.encode())
-            # as bf16 the hash is the same whether the backbone is held in float32 or in bf16
-            frozen.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256()
+    for name, p in frozen(model):
+        digest.update(name.encode())
+        # as bf16 the hash is the same whether the backbone is held in float32 or in bf16
+        digest.update(p.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     fields = dict(
         img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled,
-        global_pool=model.global_pool,
-        lora_rank=qkv.lora_a.shape[0] if isinstance(qkv, LoRALinear) else 0,
-        peft=model.peft,
+        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
+        lora_rank=len(getattr(model.blocks[0].attn.qkv, "lora_a", ())), peft=model.peft,
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
         settings=settings if any(settings) else None,
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
         prop_attn=[block.prop_attn for block in model.blocks],
-        backbone=frozen.hexdigest(),
+        backbone=digest.hexdigest(),
     )
     return {k: json.dumps(v) for k, v in fields.items()}
 
 
+@on_model
 def save_adapter(model, path):
-    """Writes the trained parameters, and only them, as safetensors, with what they fit in the metadata (see `describe`).
-
-    Raises ValueError where the PEFT was folded in already or nothing is trained.
-    """
-    from safetensors.torch import save_file
-    if model.folded:
-        raise ValueError(f"{model.folded} was folded into the backbone: save the adapter before folding")
+    """Writes the trained parameters as safetensors, with what they fit in the metadata (see `describe`). Raises ValueError."""
+    from safetensors.torch import save
+    require(not model.folded, f"{model.folded} was folded into the backbone: save the adapter before folding")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    if not tensors:
-        raise ValueError("the model has no trained parameters to save")
-    metadata = {"format": "pyra-adapter", **describe(model)}
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+    require(tensors, "the model has no trained parameters to save")
+    partial = f"{path}.{os.getpid()}.partial"  # renamed when it is whole: whenever this process is killed, path is complete or as it was
+    with open(partial, "wb") as file:
+        file.write(save(tensors, {"format": "pyra-adapter", **describe(model), **sketch(model)}))
+    os.replace(partial, path)
 
 
+@on_model
 @torch.no_grad()
 def load_adapter(model, path):
     """Loads what save_adapter wrote into a model with the same backbone, PEFT, reducers and classes. Returns the model.
@@ -955,12 +953,11 @@ def load_adapter(model, path):
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise ValueError(f"{path} can't be read as a safetensors file: {first_line(error)}") from error
-    if metadata.get("format") != "pyra-adapter":
-        raise ValueError(f"{path} is not an adapter that save_adapter wrote")
+    require(metadata.get("format") == "pyra-adapter", f"{path} is not an adapter that save_adapter wrote")
     for key, value in describe(model).items():
-        if metadata.get(key, "null") != value:  # an older version had none of the settings that its file lacks
-            differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {metadata.get(key)}, the model's {value}"
-            raise ValueError(f"{path} doesn't fit the model: {differs}")
+        same = metadata.get(key, "null") == value or key == "backbone" and same_sketch(metadata, sketch(model))
+        differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {metadata.get(key)}, the model's {value}"
+        require(same, f"{path} doesn't fit the model: {differs}")  # an older version had none of the settings that its file lacks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     check_fit(path, trained, tensors)
     for name, p in trained.items():
@@ -968,10 +965,10 @@ def load_adapter(model, path):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cost
+# ---- Cost ------------------------------------------------------------------------------------------------------------
 
 
+@on_model
 def token_counts(model):
     """Tokens before the first block and after each, special ones included: a list of depth + 1 ints."""
     counts = [model.num_patches + model.specials]
@@ -990,10 +987,11 @@ def macs_of_counts(model, counts):
     return macs
 
 
+@on_model
 def count_macs(model):
-    """Multiply-accumulates of one image's forward pass by formula, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
+    """Multiply-accumulates of one image's forward pass, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
 
-    A block that gets n tokens and keeps m costs 4 n c a + 2 n^2 a (attention, a wide: c, less where heads are pruned)
-    + 2 m c hidden (MLP). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
+    A block that gets n tokens and keeps m costs 4 n c a + 2 n^2 a (attention, a wide: c, less where heads are pruned) + 2 m c hidden
+    (MLP). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
     """
     return macs_of_counts(model, token_counts(model))

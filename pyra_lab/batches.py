@@ -68,8 +68,7 @@ def held_in_memory(load, config, img_size, device, teacher_logits=None):
     return Data(len(labels), train, test, sample)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Streams
+# ---- Streams ---------------------------------------------------------------------------------------------------------
 
 
 class Seeded(torch.utils.data.Dataset):

@@ -120,8 +120,7 @@ class Config:
         return f"{task}-{config.backbone}-{config.method}-seed{config.seed}-{digest}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a Config refuses, each in a sentence
+# ---- What a Config refuses, each in a sentence -----------------------------------------------------------------------
 
 
 def check_types(config):
@@ -202,8 +201,7 @@ def has_fast_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line <-> Config
+# ---- Command line <-> Config -----------------------------------------------------------------------------------------
 
 
 def read_value(text, kinds):

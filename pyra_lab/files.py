@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from pyra import first_line, write_atomically  # noqa: F401 (their home is pyra.py, which imports nothing of ours)
+from pyra import first_line
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "data" / "paper").is_dir() else None
@@ -19,6 +19,18 @@ def home():
 def cores():
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_atomically(path, write):
+    """write(partial path), then rename: whenever the process is killed, `path` is complete or as it was before. Raises OSError."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, in Python and in torch
+        raise OSError(f"{path} can't be written ({first_line(error)}): is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def lock(file, wait=True):

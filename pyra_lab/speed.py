@@ -196,6 +196,12 @@ class Measured(NamedTuple):
     images_per_second: float
 
 
+def most_macs_ratio(model, remaining=4):
+    """How many times fewer MACs the strongest merging leaves: half of the tokens in every block, down to `remaining` patches."""
+    counts = pyra.counts_along(model, math.inf, remaining)
+    return pyra.macs_of_counts(model, counts[:1] * len(counts)) / pyra.macs_of_counts(model, counts)
+
+
 def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0,
                  tries=10):
     """Finds the merging schedule that makes a model as fast as asked for on this device: the supplement's "minor adjustments
@@ -217,7 +223,7 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
         unmerged = of(benchmark({"plain": plain}, batch_size, dtype, device, seconds)["plain"])
     if target <= unmerged:
         raise ValueError(f"the target must be greater than the {unmerged:.4g} images/s of the model without merging, not {target:g}")
-    ratio, most = target / unmerged, pyra.most_macs_ratio(plain)
+    ratio, most = target / unmerged, most_macs_ratio(plain)
     if ratio > most:
         raise ValueError(f"target {asked} is unreachable: it needs {ratio:.3g}x fewer MACs, and merging gives at most {most:.3g}x")
 

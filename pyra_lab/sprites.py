@@ -16,8 +16,7 @@ from pyra_lab.layouts import SPLITS
 # Name -> number of classes. Train has 800 images, val 200, test 2000 (digits: the remaining 797).
 DRAWN = {"sprites_location": 16, "sprites_orientation": 16, "sprites_count": 8, "sprites_distance": 6, "digits": 10}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shapes
+# ---- Shapes ----------------------------------------------------------------------------------------------------------
 
 
 def trace_curve(radius, n=32, start=0.0, turn=2 * np.pi):
@@ -108,8 +107,7 @@ def hsv_to_rgb(hue, saturation, value):
     return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 
 def draw_sprites(task, n, rng):

@@ -31,8 +31,7 @@ from pyra_lab.pefts.shared import peft_macs
 from pyra_lab.processes import ALONE
 from pyra_lab.records import Result, read_result, runs_folder
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs that a run starts from: runs of their own, which several may share
+# ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
 
 
 def first_stage(config):
@@ -80,8 +79,7 @@ def load_run(result):
     return pyra.load_adapter(build_model(config, result.num_classes, result.plan), folder / "adapter.safetensors").eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One run
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):

@@ -59,8 +59,7 @@ def find_folder(name, root):
     return next((root / folder for folder in list_names(name) if name and (root / folder).is_dir()), None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The check
+# ---- The check -------------------------------------------------------------------------------------------------------
 
 
 class Finding(NamedTuple):

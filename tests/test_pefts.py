@@ -170,7 +170,7 @@ def test_dropout_and_drop_path_act_in_training_alone(peft):
     model.train()
     assert not torch.allclose(model(batch()), model(batch()))
     for block in model.blocks:
-        block.drop_path.rate = 0.0
+        block.drop_path_rate = 0.0
     assert torch.equal(model(batch()), model(batch())) == peft.startswith("snf")  # SNF has no dropout
 
 

@@ -27,11 +27,11 @@ def convpass_settings(task):
 class Convpass(nn.Module):
     """x + branch + bypass(u), a bottleneck with a 3x3 convolution over the image: s W_u dropout(phi(conv(phi(W_d u + b_d)))) + s b_u."""
 
-    def __init__(self, dim, hidden, grid, scale, init, dropout, drop_path):
+    def __init__(self, dim, hidden, grid, scale, init, dropout, drop_path_rate):
         super().__init__()
         self.down, self.up = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.grid, self.scale, self.dropout, self.drop_path = grid, scale, dropout, pyra.DropPath(drop_path)
+        self.grid, self.scale, self.dropout, self.drop_path_rate = grid, scale, dropout, drop_path_rate
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.up.weight)  # training starts at the pre-trained model
         nn.init.xavier_uniform_(self.conv.weight) if init == "xavier" else nn.init.dirac_(self.conv.weight)
@@ -39,7 +39,7 @@ class Convpass(nn.Module):
             nn.init.zeros_(part.bias)
 
     def forward(self, tokens, u, branch):
-        return tokens.x + branch + self.drop_path(self.bypass(u, tokens.source))
+        return tokens.x + branch + pyra.drop_path(self.bypass(u, tokens.source), self.drop_path_rate if self.training else 0.0)
 
     def bypass(self, x, source):
         """x (b, n, c); source (b, specials + patches), as in pyra.Tokens: which token holds each patch. Returns (b, n, c).
@@ -76,7 +76,7 @@ def add_convpass(model, dim=8, scale=1.0, init="identity", dropout=0.1):
         raise ValueError(f"init must be 'identity' or 'xavier', not {init!r}")
     for block in model.blocks:
         for name in ("peft_attn", "peft_mlp"):
-            bypass = Convpass(model.embed_dim, dim, model.img_size // model.patch_size, float(scale), init, dropout, block.drop_path.rate)
+            bypass = Convpass(model.embed_dim, dim, model.img_size // model.patch_size, float(scale), init, dropout, block.drop_path_rate)
             setattr(block, name, bypass.to(model.pos_embed))
     return finish_peft(model, "Convpass", dim=dim, scale=float(scale))
 

@@ -1,0 +1,261 @@
+"""What notebooks show: checked parameters, tables, one colour per method, figures, and the picture of merged tokens.
+
+matplotlib and IPython are imported where they are used: notebooks need them, this package doesn't.
+"""
+
+import ast
+import difflib
+import itertools
+
+import torch
+from einops import rearrange, repeat
+
+from pyra_lab.images import normalize
+from pyra_lab.methods import METHODS, PEFTS
+from pyra_lab.records import OverSeeds, accuracy_over_seeds
+
+# ---- Parameters ------------------------------------------------------------------------------------------------------
+
+
+def check_parameters(namespace, may_be_empty=()):
+    """Raises ValueError for parameters that papermill passed but the notebook doesn't define, and for values of another type.
+
+    namespace: the notebook's globals(), where the parameters cell has written `name: type = default`. may_be_empty: lists that
+    need no entry. papermill itself only warns of an unknown name, and runs the default.
+    """
+    known = namespace["__annotations__"]
+    injected = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    for name in [target.id for source in injected for line in ast.parse(source).body for target in line.targets]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"there is no parameter {name!r}; " + (f"did you mean {near[0]}" if near else f"the parameters are {', '.join(known)}"))
+    for name, kind in known.items():  # a str may stand for other types too, which Config checks
+        value, expected = namespace[name], getattr(kind, "__name__", kind)
+        allowed = {"int": int, "float": (int, float), "bool": bool, "list": list}.get(expected, object)
+        if value == [] and name not in may_be_empty:
+            raise ValueError(f"{name} needs an entry")
+        if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and expected in ("int", "float"))):
+            raise ValueError(f"{name} must be of type {expected}, not {value!r}" + ("; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""))
+
+
+# ---- Words and tables ------------------------------------------------------------------------------------------------
+
+
+def title(method, peft=None):
+    """How tables and figures call a method, or a method with a PEFT: "PYRA", "LoRA + PYRA", "LoRA"."""
+    names = [PEFTS[peft].title] if peft else []
+    if method != "plain" or not peft:
+        names.append(METHODS[method].title)
+    return " + ".join(names)
+
+
+def say(text):
+    """Displays Markdown."""
+    from IPython.display import Markdown, display
+    display(Markdown(text))
+
+
+def caution(results):
+    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. results: the runs behind them."""
+    epochs = max(result.config["epochs"] for result in results)
+    numbers = {"epoch": epochs, "seed": len({result.config["seed"] for result in results})}
+    if numbers["epoch"] < 10 or numbers["seed"] < 3:
+        counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
+        tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
+        say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. Results over seeds: [README.md](README.md).**")
+
+
+def compared(ours, theirs):
+    """Two accuracies in %, such as OverSeeds' means -> "1.6 points above", "0.8 points below" or "level with"."""
+    difference = round(ours - theirs, 1)
+    return f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
+
+
+FORMATS = {"trained, % of backbone": ".2f", "speed-up": ".2f", "images/s": ",.0f", "MAC ratio": ".2f"}
+
+
+def format_cell(value, spec):
+    if value is None or value == "":
+        return "–"
+    if spec and not isinstance(value, str):
+        return format(value, spec)
+    if isinstance(value, int):  # True and False too
+        return f"{value:,}" if value is not True and value is not False else str(value)
+    return f"{value:,.1f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def markdown_table(rows, formats=None):
+    """Rows, dicts of {column: value}, as a Markdown table. formats: {column: format spec}, by default one decimal for a float; None is "–"."""
+    columns, formats = list(dict.fromkeys(itertools.chain(*rows))), formats or {}
+    numeric = {c: all(isinstance(row.get(c), (int, float, OverSeeds, type(None))) for row in rows) for c in columns}
+    lines = [columns, ["---:" if numeric[c] else "---" for c in columns]]
+    lines += [[format_cell(row.get(c), formats.get(c)) for c in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(rows, formats=None):
+    """Displays rows as markdown_table writes them; columns that many tables have need no format."""
+    say(markdown_table(rows, FORMATS | (formats or {})))
+
+
+def measured(group):
+    """The columns that many tables share, of one method's Results over seeds."""
+    first = group[0]
+    return {"trained, % of backbone": 100 * (first.trained["peft"] + first.trained["reducer"]) / first.backbone_parameters,
+            "MACs, M": sum(result.macs for result in group) / len(group) / 1e6, "seeds": len(group), "accuracy, %": accuracy_over_seeds(group)}
+
+
+def show_json(results):
+    """Displays {name: dict} for the programs that read an executed notebook; a reader sees one line."""
+    from IPython.display import display
+    display({"application/json": results, "text/plain": f"{len(results)} results as JSON, for programs"}, raw=True)
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+COLOURS = {"plain": "#7f7f7f", "tome": "#0072b2", "pyra": "#e66100"}
+PALETTE = ("#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#5d3a9b", "#8c510a", "#00a6a6", "#d41159", "#000000")  # of Okabe and Ito, and beyond
+MARKERS = "osD^vP*X"
+
+
+def colour(method):
+    """One colour per method everywhere; those without a colour of their own take the palette's, in the order of METHODS."""
+    others = [name for name in METHODS if name not in COLOURS]
+    return COLOURS.get(method) or PALETTE[others.index(method) % len(PALETTE)]
+
+
+def use_style():
+    """Figures as all notebooks have them."""
+    import matplotlib
+    matplotlib.rcParams.update({
+        "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=[*COLOURS.values(), *PALETTE]), "legend.frameon": False, "lines.linewidth": 1.2, "lines.markersize": 4.5,
+    })
+
+
+def label_points(ax, points, fontsize=7.5):
+    """Writes each label of (x, y, text, colour) beside its point where there is room, with a thin line where it has to stand further away.
+
+    Call it last: it needs the final limits of the axes.
+    """
+    from matplotlib.transforms import Bbox
+    ax.figure.draw_without_rendering()  # settles the layout
+    frame, pixels = ax.get_window_extent(), ax.figure.dpi / 72
+    marks = [ax.transData.transform((x, y)) for x, y, *_ in points]
+    taken = [Bbox.from_extents(u - 3 * pixels, v - 3 * pixels, u + 3 * pixels, v + 3 * pixels) for u, v in marks]
+    directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 0.7), (1, -0.7), (-1, 0.7), (-1, -0.7)]
+    for (x, y, text, ink), (u, v) in sorted(zip(points, marks), key=lambda entry: -entry[1][1]):
+        label = ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 0), color=ink, fontsize=fontsize, va="center", ha="center")
+        box = label.get_window_extent()
+        best = None
+        for reach, (right, up) in itertools.product((5, 11, 18, 26, 36, 48), directions):
+            shift = right * (box.width / 2 + reach * pixels), up * (reach * pixels + (box.height / 2 if not right else 0))
+            place = box.translated(*shift)
+            overlaps = sum(place.overlaps(other) for other in taken)
+            outside = sum((place.x0 < frame.x0, place.x1 > frame.x1 + 4 * pixels, place.y0 < frame.y0, place.y1 > frame.y1))
+            cost = (overlaps + outside, reach)
+            if best is None or cost < best[0]:
+                best = cost, shift, place, reach
+        _, shift, place, reach = best
+        label.set_position((shift[0] / pixels, shift[1] / pixels))
+        label.set_in_layout(False)
+        taken.append(place)
+        if reach > 11:
+            ends = ax.transData.inverted().transform([(u, v), (min(max(u, place.x0), place.x1), min(max(v, place.y0), place.y1))])
+            ax.plot(*ends.T, color=ink, linewidth=0.5, alpha=0.6, zorder=1, scalex=False, scaley=False)
+
+
+def accuracy_axis(ax, values, least=10):
+    """Limits that hold accuracies in % and span at least so many points, so that a small difference looks small."""
+    low, high = min(values), max(values)
+    room = max(0.12 * (high - low), (least - (high - low)) / 2, 1)
+    ax.set(ylim=(max(low - room, -2), min(high + room, 102)), ylabel="accuracy, %")
+
+
+def draw_accuracy(ax, x, accuracy, ink, marker="o"):
+    """One point; an error bar, the standard deviation, where it is of several seeds."""
+    if accuracy.n > 1:
+        ax.errorbar(x, accuracy.mean, accuracy.std, fmt=marker, color=ink, capsize=2)
+    else:
+        ax.plot(x, accuracy.mean, marker, color=ink)
+
+
+def tradeoff(points, costs):
+    """Accuracy against costs, one panel per cost. Shows the figure.
+
+    points: dicts with accuracy (OverSeeds, in %), label, method (whose colour it has), perhaps marker, and one value per cost.
+    costs: {key: label of the axis}.
+    """
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(costs), figsize=(1 + 3.5 * len(costs), 3), sharey=True, squeeze=False)
+    for ax, (key, label) in zip(axes[0], costs.items()):
+        for point in points:
+            draw_accuracy(ax, point[key], point["accuracy"], colour(point["method"]), point.get("marker", "o"))
+        ax.set(xlabel=label, xlim=(0, 1.3 * max(point[key] for point in points)))
+    accuracy_axis(axes[0, 0], [mean + sign * std for mean, std, _ in (point["accuracy"] for point in points) for sign in (-1, 1)])
+    for ax in axes[0, 1:]:
+        ax.set(ylabel="")
+    for ax, key in zip(axes[0], costs):
+        label_points(ax, [(point[key], point["accuracy"].mean, point["label"], colour(point["method"])) for point in points])
+    plt.show()
+
+
+def learning_curves(results, names):
+    """Loss and accuracy by epoch: the accuracy of each evaluation, or on the training images where only the last epoch has one. Shows the figure.
+
+    results, names: {method: Result}, {method: label}.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+    evaluated = all("accuracy" in entry for result in results.values() for entry in result.history)
+    labels = {"loss": "training loss", "accuracy" if evaluated else "train_accuracy": f"accuracy{'' if evaluated else ' on training images'}, %"}
+    for ax, (key, label) in zip(axes, labels.items()):
+        ends = []
+        for method, result in results.items():
+            epochs = [entry["epoch"] + 1 for entry in result.history]
+            values = [entry[key] * (1 if key == "loss" else 100) for entry in result.history]
+            ax.plot(epochs, values, ".-", color=colour(method))
+            ends.append((epochs[-1], values[-1], names[method], colour(method)))
+        ax.set(xlabel="epoch", ylabel=label, xlim=(0.9, epochs[-1] + 0.3 * max(epochs[-1] - 1, 1)))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key != "loss":
+            accuracy_axis(ax, [value for line in ax.lines for value in line.get_ydata()])
+            ax.set(ylabel=label)
+        label_points(ax, ends)
+    plt.show()
+
+
+@torch.no_grad()
+def merged_tokens(model, images, norm, titles, blocks):
+    """Which patches share a token: each is filled with the mean colour of its token, and a line separates tokens. Shows the figure.
+
+    images: uint8 (b, 3, h, w); titles: one per image; blocks: after how many blocks, one column each.
+    """
+    import matplotlib.pyplot as plt
+    patch, side = model.patch_size, model.img_size // model.patch_size
+    scale = max(1, 24 // patch)  # so that a line between tokens is thin
+    x = normalize(images, norm).to(model.pos_embed)
+    pixels = rearrange(images.float() / 255, "b c h w -> b h w c")
+    figure, axes = plt.subplots(len(images), 1 + len(blocks), figsize=(1.6 * (1 + len(blocks)), 1.75 * len(images)), squeeze=False)
+    for ax, image, text in zip(axes[:, 0], pixels, titles):
+        ax.imshow(image.numpy())
+        ax.set_ylabel(text)
+    for column, block in zip(axes.T[1:], blocks):
+        source = model.forward_tokens(x, block).source[:, model.specials :]  # which token holds each patch
+        for ax, image, held in zip(column, pixels, rearrange(source, "b (h w) -> b h w", h=side).cpu()):
+            held = repeat(held, "h w -> (h p) (w q)", p=patch, q=patch)
+            _, tokens = held.unique(return_inverse=True)
+            sums = torch.zeros(tokens.max() + 1, 3).index_add_(0, tokens.flatten(), image.flatten(0, 1))
+            filled = (sums / tokens.flatten().bincount()[:, None])[tokens]
+            filled, tokens = (repeat(t, "h w ... -> (h p) (w q) ...", p=scale, q=scale).clone() for t in (filled, tokens))
+            filled[1:][tokens[1:] != tokens[:-1]] = torch.tensor([0.9, 0.2, 0.2])
+            filled[:, 1:][tokens[:, 1:] != tokens[:, :-1]] = torch.tensor([0.9, 0.2, 0.2])
+            ax.imshow(filled.numpy())
+            ax.set_title(f"{len(held.unique())} tokens")
+    for ax, text in zip(axes[0], ["input", *(f"after block {block}" for block in blocks)]):
+        ax.set_title(f"{text}\n{ax.get_title()}".strip())
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    plt.show()
