@@ -30,13 +30,13 @@ METHOD_CASES = {
     "diffrate": dict(plan=[[36, 36], [25, 20], [30, 18]]),
     "rap": dict(plan=[[2, 20], [1, 48], [2, 11]]),
 }
-# The same per PEFT, together with PYRA.
+# The same per PEFT, together with PYRA; and whether it folds into the weights.
 PEFT_CASES = {
-    "lora": dict(),
+    "lora": dict(folds=True),
     "adapter": dict(),
     "convpass": dict(),
-    "fact_tt": dict(),
-    "fact_tk": dict(),
+    "fact_tt": dict(folds=True),
+    "fact_tk": dict(folds=True),
     "snf": dict(),
     "full": dict(),
 }
@@ -93,7 +93,8 @@ def test_a_row_trains_saves_loads_and_folds(tmp_path, method, peft):
 
     folded = fold(copy.deepcopy(model))
     torch.testing.assert_close(folded(batch()), logits, rtol=1e-4, atol=1e-5)
-    assert bool(folded.folded) == (PEFTS[peft].fold is not None) == (methods.count_trained(folded)["peft"] == 0 and not PEFTS[peft].trains_backbone)
+    assert bool(folded.folded) == (PEFTS[peft].fold is not None) == PEFT_CASES[peft].get("folds", False)
+    assert not folded.folded or {name for name in folded.state_dict() if ".reducer." not in name} == tiny().state_dict().keys()
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "rate" in row.uses and row.plan is None and row.dial is None])
@@ -114,6 +115,29 @@ def test_fields_that_a_row_does_not_use_are_reset(method, peft):
         default = Config.__dataclass_fields__[name].default
         assert getattr(c.resolved(), name) == (value if name in uses else default), name
         assert (dataclasses.replace(c, **{name: default}).id() != c.id()) == (name in uses), name
+
+
+class Recorder:
+    """A Config that notes which fields are read."""
+
+    def __init__(self, c):
+        self.c, self.read = c, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.c, name)
+
+
+@pytest.mark.parametrize("method, peft", CASES)
+def test_a_row_uses_the_fields_that_it_reads(method, peft):
+    """Else a run would be trained with another value than its Config has. The rate is the budget's too, and two fields are the optimizer's."""
+    c, elsewhere = small_config(method, peft).resolved(), {"rate", "modulation_lr", "layer_decay"}
+    by_method, by_peft = Recorder(c), Recorder(c)
+    model = PEFTS[peft].add(tiny(), by_peft)
+    METHODS[method].add(tiny() if METHODS[method].prunes else model, by_method, METHOD_CASES[method].get("plan"))
+    for row, recorder in ((METHODS[method], by_method), (PEFTS[peft], by_peft)):
+        read = recorder.read & methods.OPTIONAL
+        assert read <= row.uses <= read | elsewhere, row.title
 
 
 def test_rows_say_what_they_are():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -433,6 +434,9 @@ def test_evit_layers():
     assert acts(evit.add_evit(on_meta("vit_small_patch16_224"))) == [3, 6, 9]
     assert acts(evit.add_evit(on_meta("vit_large_patch16_224"))) == [6, 12, 18]
     assert acts(evit.add_evit(tiny(), 0.5, (2, 0))) == [0, 2]
+    assert acts(evit.add(on_meta("vit_base_patch16_224"), SimpleNamespace(rate="low"), None)) == [3, 6, 9]
+    assert acts(evit.add(on_meta("vit_base_patch16_224"), SimpleNamespace(rate="high"), None)) == [1, 3, 5, 7, 9]  # three can't save as much
+    assert acts(evit.add(tiny(depth=4), SimpleNamespace(rate=[36] * 4), None)) == [0, 1, 2, 3]  # a small model has no five
 
 
 # ----------------------------------------------------------------------------------------------------------------------
