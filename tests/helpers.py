@@ -1,6 +1,7 @@
 """The small, random models and tasks that several test files share."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import warnings
@@ -25,8 +26,10 @@ SHARED = ROOT.parent / "shared" / "data"  # real images and weights, where they 
 TINY = dict(img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2.0, num_classes=5)  # 36 patches
 R = [10, 6, 3]
 HIGH = [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3]
+WITH_TESTS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # for processes that import these helpers
 BACKBONE = "vit_tests_patch4_24"  # TINY, as a backbone that a Config may name: see add_backbone
-SMALL = dict(backbone=BACKBONE, weights="none", rate=R, epochs=3, warmup=1, batch_size=8, lr=5e-3, modulation_lr=2e-3, eval_every=2, device="cpu", dtype="float32")
+SMALL = dict(backbone=BACKBONE, weights="none", rate=R, epochs=3, warmup=1, batch_size=8, lr=5e-3, modulation_lr=2e-3, eval_every=2,
+             device="cpu", dtype="float32")
 ONE_STEP = {**SMALL, "epochs": 1, "warmup": 0, "batch_size": 64, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0}  # all 21 images at once
 UNREAD = "blocks.2.reducer"  # gets no gradient: nothing that the last block merges reaches the class token
 
@@ -162,7 +165,16 @@ def without_seconds(history):
 
 
 def files_in(folder):
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    """Names of all files but locks, in sub-folders too."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+
+
+def assert_nearly_same(a, b, before):
+    """Two adapters, trained from `before` with other roundings: AdamW makes a whole step even of a gradient that is only rounding, so a
+    few parameters may differ by as much as they moved, but their mean does not."""
+    assert a.keys() == b.keys() == before.keys()
+    for name in before:
+        assert (a[name] - b[name]).abs().mean() <= 0.02 * (b[name] - before[name]).abs().mean(), name
 
 
 def assert_same_run(result, reference):
@@ -198,12 +210,12 @@ def interrupted_at(number):
 
 @contextlib.contextmanager
 def watch_steps():
-    """Yields a list that gets {group's name: (lr, weight_decay, parameters)} in each training step."""
+    """Yields a list that gets the optimizer's groups in each training step, as [(name, lr, weight_decay, parameters)]."""
     steps = []
 
     def hook(optimizer, args, kwargs):
         if isinstance(optimizer, torch.optim.AdamW):
-            steps.append({g["name"]: (g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in optimizer.param_groups})
+            steps.append([(g["name"], g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in optimizer.param_groups])
 
     handle = register_optimizer_step_pre_hook(hook)
     try:
@@ -212,17 +224,26 @@ def watch_steps():
         handle.remove()
 
 
+class Batches(list):
+    """(whether the model trains, normalised images) of each batch; models: those that were called."""
+
+    def __init__(self):
+        self.models = []
+
+
 @contextlib.contextmanager
 def watch_batches():
-    """Yields a list that gets (whether it trains, its normalised images) whenever a model embeds a batch."""
-    batches = []
+    """Yields the Batches that models embed from now on, in order."""
+    seen = Batches()
 
     def hook(module, args):
         if isinstance(module, pyra.PatchEmbed):
-            batches.append((module.training, args[0]))
+            seen.append((module.training, args[0]))
+        if isinstance(module, pyra.VisionTransformer) and not any(module is model for model in seen.models):
+            seen.models.append(module)
 
     handle = register_module_forward_pre_hook(hook)
     try:
-        yield batches
+        yield seen
     finally:
         handle.remove()
