@@ -4,7 +4,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from pyra_lab import tasks
+from pyra_lab import files, tasks
 from pyra_lab.images import NORMS, normalize
 
 
@@ -83,6 +83,24 @@ class Seeded(torch.utils.data.Dataset):
             return self.images[index]
 
 
+class Reported(torch.utils.data.Dataset):
+    """Images, and where one can't be read the error as a value: raised in a worker process, it would arrive as that process's traceback."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, index):
+        try:
+            return self.images[index]
+        except (OSError, ValueError) as error:
+            return ValueError(files.first_line(error))
+
+
+def collate(items):
+    """A batch of items of Reported as a DataLoader makes it, or the first error among them."""
+    return next((item for item in items if isinstance(item, Exception)), None) or torch.utils.data.default_collate(items)
+
+
 def mae_transform(size, norm, train):
     """PIL image -> (3, size, size), as MAE fine-tunes and evaluates: train=False crops the centre, 7/8 of the image."""
     from torchvision.transforms import v2
@@ -112,9 +130,12 @@ def streamed(task, config, img_size, device):
     test_images = tasks.stream_split(task, config.eval_split, transform)
 
     def read(dataset, chunks):
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=config.workers,
-                                             pin_memory=device.type == "cuda")
-        for x, y in loader:
+        loader = torch.utils.data.DataLoader(Reported(dataset), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=config.workers,
+                                             collate_fn=collate, pin_memory=device.type == "cuda")
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            x, y = batch
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def train(seed, chunks):

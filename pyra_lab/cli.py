@@ -79,9 +79,9 @@ def benchmark_command(argv):
 
 
 def check_command(argv):
-    parser = make_parser("check", "Compares a folder of VTAB-1k with the paper's Table 1")
-    parser.add_argument("root", help="the folder that holds the tasks' folders")
-    parser.add_argument("tasks", nargs="*", metavar="task", help="only these of the 19")
+    parser = make_parser("check", "Checks tasks of lists: VTAB-1k's against the paper's Table 1, and your own")
+    parser.add_argument("root", help="the folder that holds the tasks' folders, or the folder of one task")
+    parser.add_argument("tasks", nargs="*", metavar="task", help="only these of the tasks in it")
     parser.add_argument("--quick", action="store_true", help="don't decode the images, which takes most of the time")
     args = parser.parse_args(argv)
     findings = vtab.check(args.root, args.tasks, args.quick)
@@ -94,7 +94,7 @@ COMMANDS = {
     "grid": (grid_command, "do many runs on this machine, from a file with one config per line"),
     "slurm": (slurm_command, "write a script that does them as a Slurm array"),
     "benchmark": (benchmark_command, "measure images/s and memory of plain, ToMe and PYRA"),
-    "check": (check_command, "compare a folder of VTAB-1k with the paper's Table 1"),
+    "check": (check_command, "check a folder of VTAB-1k, or a task of your own"),
 }
 
 

@@ -5,6 +5,7 @@ A split fits in memory as uint8, so it is decoded once and kept as a .npy file: 
 
 import io
 import os
+import re
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from tqdm import tqdm
 
 from pyra_lab import files
@@ -39,13 +40,117 @@ def check_img_size(img_size):
         raise ValueError(f"img_size {img_size!r} is not a positive whole number of pixels")
 
 
+VERSION = 2  # of what read_image makes of a file: a higher one has everything decoded again
+# Pillow opens these too, but they hold measurements, drawings or films rather than pictures with a known black and white.
+NO_PICTURES = {"EPS", "FITS", "IPTC", "MCIDAS", "MPEG", "SPIDER"}
+TURNS = dict(zip(range(2, 9), (getattr(Image.Transpose, name) for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))  # by EXIF orientation
+
+
+def list_formats(signed=False):
+    """The names of the formats that this Pillow decodes itself; signed: only those that it knows by how a file begins."""
+    Image.init()
+    stub = lambda factory: isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+    return {name for name, (factory, accept) in Image.OPEN.items() if name not in NO_PICTURES and not stub(factory) and (accept or not signed)}
+
+
+def list_suffixes():
+    """The suffixes of those formats' files, in lower case, with their dots."""
+    formats = list_formats() | {"MPO"}  # which opens as JPEG does
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def is_image(file):
+    """Whether a file, whatever it is called, begins as an image does."""
+    try:
+        with Image.open(file, formats=sorted(list_formats(signed=True))):
+            return True
+    except Exception:
+        return False
+
+
+def find_turn(image):
+    """How a loaded image has to be transposed for its EXIF orientation, or None. EXIF data that can't be read say nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def transparent_value(image):
+    """What an image that isn't loaded yet declares transparent, in the units of its loaded pixels: a value, a colour, a palette's bytes or None.
+
+    Of PNG files with 2, 4 or 3 x 16 bits per pixel Pillow scales the pixels but not this value.
+    """
+    value, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    raw = tile[0][3] if tile and image.format == "PNG" else None
+    if raw in ("L;2", "L;4") and isinstance(value, int):
+        return value * 255 // (3 if raw == "L;2" else 15)
+    return tuple(part >> 8 for part in value) if raw == "RGB;16B" and value else value
+
+
+def shrink_16_bits(image, transparent):
+    """A grey image of 16 bits per pixel, in any byte order -> 8 bits: the upper ones. Its transparent value becomes white."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file: 12 bits come as they are, and 0 may mean white
+    values = np.asarray(image).astype(np.int32)
+    grey = (values >> (4 if tags.get(258) == (12,) else 8)).astype(np.uint8)
+    if tags.get(262) == 0:
+        grey = 255 - grey
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def flatten(image, transparent):
+    """A loaded PIL image of any mode -> RGB, on white; `transparent` is its transparent_value."""
+    if image.mode.startswith("I"):
+        return shrink_16_bits(image, transparent).convert("RGB")
+    if transparent is not None:
+        made_by_code = image.format is None and image.mode in ("RGB", "L")  # from a palette, say: Pillow keeps its note, but the code wanted these pixels
+        image = image.copy()
+        if not made_by_code and isinstance(transparent, {"P": (int, bytes), "L": int, "1": int, "RGB": tuple}.get(image.mode, ())):
+            image.info["transparency"] = transparent
+        else:
+            del image.info["transparency"]
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, as a viewer shows it: upright by its EXIF orientation, on white where it is transparent.
+
+    16 bits per channel become their upper 8. Colour profiles are not applied. Raises ValueError for signed or 32-bit integers and for
+    floats, as nobody knows which of them are black and white, and for an image without pixels; OSError and others where a file is damaged.
+    """
+    sixteen = image.mode.startswith("I;") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not sixteen:
+        raise ValueError(f"its values are signed or of 32 bits (mode {image.mode}), without a known black and white: save it with 8 or 16 bits")
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    transparent = transparent_value(image)
+    image.load()
+    turn, rgb = find_turn(image), flatten(image, transparent)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # to_rgb of its own result changes nothing
+    return rgb
+
+
 def read_image(file):
-    """A file -> PIL image, RGB. Raises ValueError, naming the file, if it can't be read."""
+    """A file -> PIL image, RGB, as to_rgb makes it; of several frames or pages the first. Raises ValueError, naming the file, if it can't be read."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not an image that can be read: {error}") from error
+            if image.format in NO_PICTURES:
+                raise ValueError(f"{image.format} files are not used")
+            return to_rgb(image)
+    except Exception as error:  # damaged files make Pillow raise nearly everything
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "it begins like no format that Pillow knows" if unknown else getattr(error, "strerror", None) or files.first_line(error)
+        raise ValueError(f"{file} is not an image that can be read: {why}") from error
 
 
 def resize(image, size):
@@ -109,8 +214,8 @@ def load_cached(paths, size, title, key, cache=None):
     the environment variable PYRA_CACHE, or else runs/cache in the checkout (installed: in the current folder). Of several processes
     that ask at the same time one decodes and the others wait. Raises ValueError for an unreadable image and for a full disk.
     """
-    folder = Path(cache or os.environ.get("PYRA_CACHE") or files.home() / "runs" / "cache").expanduser()
-    cached = folder / f"{title.replace('/', '-')}-{size}-{key}.npy"
+    folder = Path(os.path.expanduser(cache or os.environ.get("PYRA_CACHE") or files.home() / "runs" / "cache"))
+    cached = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', title)[-100:]}-{size}-{key}.npy"
     shape = (len(paths), 3, size, size)
     images = map_cached(cached, shape)
     if images is not None:

@@ -19,7 +19,9 @@ import functools
 import hashlib
 import operator
 import os
+import stat
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,12 @@ class Task:
     classes: tuple       # names by label, or () where they are unknown
     group: str           # Natural, Specialized, Structured (VTAB-1k); Drawn; Folder; Stream; Data; Other
     path: Path | None    # the task's folder; None for a task without one
+
+
+def warn_of_absent(has, used, num_classes, classes, stacklevel):
+    """Warns, by name, of classes without an image to train on: labels that start at 1, or have gaps. `has` is who has none, and the verb."""
+    if absent := [classes[label] if classes else label for label in range(num_classes) if label not in used]:
+        warnings.warn(f"{has} no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}", stacklevel=stacklevel)
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------
@@ -71,29 +79,45 @@ def read_list_task(name, path):
             differs.append(f"classes.txt names {len(classes)} classes, not {num_classes}")
         for line in differs:
             warnings.warn(f"{path} is not VTAB-1k's {name} of Table 1: {line}", stacklevel=3)
+    used = {label for _, label, _ in items["train800val200"]}
+    if len(used) < 2:
+        raise ValueError(f"{lists['train800val200']} has no label but {used.pop()}: a task needs at least 2 classes")
+    if name not in VTAB:  # of those SUN397 must miss some
+        warn_of_absent(f"{lists['train800val200']} has", used, num_classes, classes, stacklevel=4)
     return Task(name, num_classes, classes if len(classes) == num_classes else (), group, path)
 
 
+def warn_of_left(path, left):
+    """Warns of what of a tree is left out, in one line. It comes from one place, so that Python shows each such line once."""
+    if line := layouts.describe_left(path, left):
+        warnings.warn(line, stacklevel=1)
+
+
 def find_task(name, root=None):
-    """The Task of that name. Reads lists or folder names, never an image, so it is cheap enough to check a config with.
+    """The Task of that name. Reads lists or names of files, no image, so it is cheap enough to check a config with.
 
     root: where the tasks' folders are; by default the environment variable PYRA_DATA, or else data/ in the checkout (installed: in the
     current folder). Raises FileNotFoundError (no such task or folder, a missing list) or ValueError (a malformed line, a label out of
-    range, classes that disagree). Warns where one of VTAB-1k's 19 differs from Table 1: a subset is allowed, but not comparable.
+    range, a tree whose classes or parts are not clear). Warns where one of VTAB-1k's 19 differs from Table 1 (a subset is allowed, but not
+    comparable), of classes without an image to train on, and of files that a tree holds and that are left out.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind in ("folder", "stream"):
-        path = Path(rest).expanduser()
-        if not path.is_dir():
+        if not rest.strip():
+            raise ValueError(f"{name!r} names no folder: write {kind}:/path/to/images")
+        path = Path(os.path.expanduser(rest))
+        if not os.path.isdir(path):
             raise FileNotFoundError(f"{name}: {path} is not a folder")
-        classes = tuple(layouts.split_tree(path)["train800val200"]) if kind == "folder" else layouts.list_stream_classes(path)
+        tree, left = (layouts.split_tree if kind == "folder" else layouts.find_stream)(path)
+        warn_of_left(path, left)
+        classes = tuple(tree["train800val200" if kind == "folder" else "train"])
         return Task(name, len(classes), classes, kind.capitalize(), path)
     if name in DRAWN:
         return Task(name, DRAWN[name], (), "Drawn", None)
-    root = Path(root or os.environ.get("PYRA_DATA") or files.home() / "data").expanduser()
+    root = Path(os.path.expanduser(root or os.environ.get("PYRA_DATA") or files.home() / "data"))
     name = ALIASES.get(name, name)
     folder = find_folder(name, root)
-    if folder and (name in VTAB or any((folder / f"{split}.txt").is_file() for split in SPLITS)):
+    if folder and (name in VTAB or layouts.has_lists(folder)):
         return read_list_task(name, folder)
     if name in VTAB:
         raise FileNotFoundError(f"Task {name} of VTAB-1k is not in {root}: put its folder there, or set PYRA_DATA (see data/README.md)")
@@ -114,8 +138,8 @@ def load_split(task, split, img_size=224, root=None, cache=None):
     """One split of a task, whole -> images uint8 (n, 3, img_size, img_size), labels int64 (n,).
 
     task: a name as find_task takes it, or the Task that it returned; split: one of SPLITS; root: as in find_task; cache: as in
-    images.load_cached. Files are decoded once; later calls map the cached array, which is found by the list's lines and by each image's
-    size and time of change. Raises what find_task raises, ValueError for an unknown split, an unreadable image, a full disk, a stream
+    images.load_cached. Files are decoded once; later calls map the cached array, which is found by the task's folder, the list's lines and
+    what the file system says of each image. Raises what find_task raises, ValueError for an unknown split, an unreadable image, a full disk, a stream
     or own_task's Task, and FileNotFoundError for a missing image.
     """
     check_split(split)
@@ -130,39 +154,69 @@ def load_split(task, split, img_size=224, root=None, cache=None):
         return torch.from_numpy(np.stack([images.resize(Image.fromarray(image), img_size) for image in drawn])), torch.from_numpy(labels)
 
     if task.group == "Folder":
-        tree = layouts.split_tree(task.path)[split]
-        items = [(file, task.classes.index(name)) for name, members in tree.items() for file in members]
+        tree = layouts.split_tree(task.path)[0][split]
+        check_classes(task, tree)
+        items = [(file, label) for label, name in enumerate(task.classes) for file in tree[name]]
     else:
         items = [(task.path / file, label) for file, label, _ in layouts.read_list(task.path / f"{split}.txt")]
-    key = hashlib.sha256(f"{img_size}".encode())
+    path = task.path.resolve()
+    key = hashlib.sha256(f"{images.VERSION} {img_size} ".encode() + os.fsencode(path))
     for file, label in items:
         try:
-            info = file.stat()
+            info = os.stat(file)
         except OSError:
             raise FileNotFoundError(f"{file}, of the {split} split of {task.name}, does not exist") from None
-        key.update(f"\n{os.path.relpath(file, task.path)} {label} {info.st_size} {info.st_mtime_ns}".encode())
-    pixels = images.load_cached([file for file, _ in items], img_size, f"{task.path.name}/{split}", key.hexdigest()[:16], cache)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError(f"{file}, of the {split} split of {task.name}, is not a file")
+        # size and mtime survive a copy and some edits; ctime and inode don't (of copies on disk, this costs a decoding)
+        found = f" {label} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
+        key.update(os.fsencode(os.path.relpath(file, task.path)) + found.encode())
+    pixels = images.load_cached([file for file, _ in items], img_size, f"{path.name}/{split}", key.hexdigest()[:16], cache)
     return torch.from_numpy(pixels), torch.tensor([label for _, label in items])
 
 
+def check_classes(task, folders):
+    """Raises ValueError if a tree has changed its classes since the Task was made."""
+    if folders.keys() != set(task.classes):
+        raise ValueError(f"{task.path} holds other classes than it did when the task was looked up")
+
+
+class Stream(torch.utils.data.Dataset):
+    """A split of a `stream:` task, read image by image: (transform(RGB PIL image), label). Raises ValueError for an image that can't be read.
+
+    samples: [(file, label)], in the order of Task.classes, which is `classes`; transform: a function, or None for the PIL image itself.
+    """
+
+    def __init__(self, samples, classes, transform):
+        self.samples, self.classes, self.transform = samples, list(classes), transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        file, label = self.samples[i]
+        image = images.read_image(file)
+        return image if self.transform is None else self.transform(image), label
+
+
 def stream_split(task, split, transform):
-    """One split of a `stream:` task, read image by image -> torchvision.datasets.ImageFolder of (transform(RGB PIL image), label).
+    """One split of a `stream:` task, read image by image -> Stream, a Dataset of (transform(RGB PIL image), label).
 
     task: its name, or the Task that find_task returned; split: "train800val200" and "train800" both mean train/, "test" and "val200"
     both mean val/ (or valid/, validation/, test/): such a tree has no other splits, so selecting on val200 is selecting on the test set.
-    Lists all of the split's files, once. Labels are positions in Task.classes. Raises what find_task raises, ValueError for another
-    task or split or an image that can't be read, and FileNotFoundError for a class without images.
+    Lists all of the split's files, once, and warns of those that are left out. Labels are positions in Task.classes. Raises what
+    find_task raises, and ValueError for another task or split and for a class without images.
     """
     check_split(split)
     task = task if isinstance(task, Task) else find_task(task)
     if task.group != "Stream":
         raise ValueError(f"{task.name} is not a stream:/path task: load_split holds it in memory")
-    from torchvision.datasets import ImageFolder  # an optional package, which nothing else here needs
-    train, val = layouts.find_stream_folders(task.path)
-    dataset = ImageFolder(train if split.startswith("train") else val, transform, loader=images.read_image)
-    if tuple(dataset.classes) != task.classes:
-        raise ValueError(f"{dataset.root} holds other classes than it did when the task was looked up")
-    return dataset
+    part, left = "train" if split.startswith("train") else "val", Counter()
+    folders = layouts.find_stream(task.path)[0][part]
+    check_classes(task, folders)
+    samples = [(file, label) for label, name in enumerate(task.classes) for file in layouts.list_images(folders[name], left)]
+    warn_of_left(f"{task.path}, {part}", left)
+    return Stream(samples, task.classes, transform)
 
 
 # ---- Datasets of your own --------------------------------------------------------------------------------------------
@@ -176,7 +230,10 @@ def read_item(dataset, part, i):
     image, label = item
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
     if isinstance(image, Image.Image):
-        image = image.convert("RGB")
+        try:
+            image = images.to_rgb(image)
+        except Exception as error:  # a damaged file may raise nearly everything
+            raise ValueError(f"the image of item {i} of the {part} Dataset can't be used: {files.first_line(error)}") from error
     elif isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3 and len(array) == 3 and array.size:
         image = Image.fromarray(np.ascontiguousarray(rearrange(array, "c h w -> h w c")))
     else:
@@ -186,8 +243,8 @@ def read_item(dataset, part, i):
         number = operator.index(label)
     except TypeError:
         number = -1
-    if number < 0:
-        raise ValueError(f"the label of item {i} of the {part} Dataset is {str(label)[:40]!r}: return an integer of 0 or more")
+    if not 0 <= number < 10**6:
+        raise ValueError(f"the label of item {i} of the {part} Dataset is {str(label)[:40]!r}: return an integer of 0 or more, below a million")
     return image, number
 
 
@@ -247,10 +304,7 @@ def own_task(data, img_size):
     num_classes = 1 + max(int(part.max()) for part in labels.values())
     classes = getattr(datasets["train"], "classes", ())
     classes = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) and len(classes) == num_classes else ()
-    absent = [classes[label] if classes else label for label in range(num_classes) if label not in members]
-    if absent:
-        names = layouts.shorten(absent)
-        warnings.warn(f"the train Dataset has no image of {len(absent)} of the {num_classes} classes: {names}", stacklevel=2)
+    warn_of_absent("the train Dataset has", members, num_classes, classes, stacklevel=3)
     held_out = dict(zip(("train800", "val200"), layouts.hold_out(members, seed=1)))
 
     def load(split, img_size=img_size):

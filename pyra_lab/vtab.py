@@ -1,4 +1,4 @@
-"""VTAB-1k's 19 tasks: Table 1 of the paper's supplement as data, and the check of a folder of VTAB-1k against it."""
+"""VTAB-1k's 19 tasks: Table 1 of the paper's supplement as data, and the check of tasks of lists, of VTAB-1k's against it."""
 
 import functools
 import hashlib
@@ -69,30 +69,42 @@ class Finding(NamedTuple):
 
 
 def examine_file(file, decode):
-    """A file -> (digest of its bytes, whether they are a JPEG, why the image can't be read or None)."""
+    """A file -> (digest of its pixels, or of its bytes without decode; whether it is a JPEG; why the image can't be read or None)."""
     try:
         data = Path(file).read_bytes()
+        jpeg = data.startswith(b"\xff\xd8\xff")
         if decode:
-            images.read_image(file)
+            image = images.read_image(file)
+            data = f"{image.size} ".encode() + image.tobytes()
     except (OSError, ValueError) as error:
         return None, False, str(error)
-    return hashlib.sha256(data).digest(), data.startswith(b"\xff\xd8\xff"), None
+    return hashlib.sha256(data).digest(), jpeg, None
 
 
 def check_lists(name, folder, fault):
     """A task's lists -> {split: {file: (label, "test.txt, line 7")}}. Calls fault(kind, text) for what is wrong, without opening images."""
-    num_classes, lists = VTAB[name][1], {}
-    for split, count in split_sizes(name).items():
+    parsed, lists, classes = {}, {}, 0
+    for split in layouts.SPLITS:
         try:
-            items = layouts.parse_list(folder / f"{split}.txt")
+            parsed[split] = layouts.parse_list(folder / f"{split}.txt")
         except FileNotFoundError:
             fault("list", f"{split}.txt is missing")
-            continue
         except (OSError, ValueError) as error:
             fault("list", f"{split}.txt can't be read: {error}")
-            continue
-        if len(items) != count:
-            fault("count", f"{split}.txt lists {len(items):,} images, not {count:,}")
+    try:
+        classes = len(layouts.read_classes(folder))
+    except (OSError, ValueError) as error:
+        fault("list", f"classes.txt can't be read: {error}")
+    highest = max((label for items in parsed.values() for _, label, _ in items if label is not None), default=0)
+    num_classes = VTAB[name][1] if name in VTAB else classes or 1 + highest
+    if classes not in (0, num_classes):
+        fault("count", f"classes.txt names {classes} classes, not {num_classes}")
+    if num_classes < 2:
+        fault("count", "the lists have one class: a task needs at least 2")
+    for split, items in parsed.items():
+        count = split_sizes(name)[split] if name in VTAB else len(items)
+        if len(items) != count or not items:
+            fault("count", f"{split}.txt lists {len(items):,} images" + (f", not {count:,}" if count else ""))
         listed = lists[split] = {}
         for file, label, number in items:
             where = f"{split}.txt, line {number}"
@@ -107,17 +119,11 @@ def check_lists(name, folder, fault):
             else:
                 listed[file] = label, where
         absent = sorted(set(range(num_classes)) - {label for label, _ in listed.values()})
-        if split == "test":
+        if split == "test" and name in VTAB:
             for label in absent:
                 fault("class", f"test.txt has no image of class {label}")
-        elif split == "train800val200" and absent:  # a thousand images of any class: SUN397 must miss some of its 397
+        elif split in ("train800val200", "test") and absent:  # a thousand images of any class: SUN397 must miss some of its 397
             fault("note", f"{split}.txt has no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}")
-    try:
-        classes = len(layouts.read_classes(folder))
-        if classes not in (0, num_classes):
-            fault("count", f"classes.txt names {classes} classes, not {num_classes}")
-    except (OSError, ValueError) as error:
-        fault("list", f"classes.txt can't be read: {error}")
     train, val, both, test = (lists.get(split, {}) for split in layouts.SPLITS)
     for first, second in ((train, val), (both | val | train, test)):
         for file in first:
@@ -142,7 +148,7 @@ def check_union(parts, whole, content, fault):
 
 
 def check_task(name, folder, quick):
-    """The findings of one task whose folder exists. Test images that equal a training image are a note, as CIFAR-100 itself has some."""
+    """The findings of one task whose folder exists. Of the 19, test images that equal a training image are a note, as CIFAR-100 itself has some."""
     found = []
     fault = lambda kind, text: found.append(Finding(kind, text))
     lists = check_lists(name, folder, fault)
@@ -173,10 +179,13 @@ def check_task(name, folder, quick):
     if complete:
         check_union(parts, both, content, fault)
 
-    trained_on = {content.get(file) for file in both | parts} - {None}
+    trained_on = {content[file]: file for file in (both | parts) if file in content}
     copies = [file for file in test if content.get(file) in trained_on and file not in both and file not in parts]
-    if copies:
-        fault("note", f"test.txt has training images, byte for byte, under other names: {layouts.shorten(copies)}")
+    if copies and name in VTAB:
+        fault("note", f"test.txt has training images under other names: {layouts.shorten(copies)}")
+    for file in copies if name not in VTAB else ():
+        twin = trained_on[content[file]]
+        fault("overlap", f"{test[file][1]}: {file} is the same image as {twin} in {every[twin][1]}")
     is_jpeg = lambda file: looks[file][1] if file in looks else file.lower().endswith((".jpg", ".jpeg"))
     jpeg = sum(map(is_jpeg, every))
     if jpeg and name in LOSSLESS:
@@ -185,26 +194,36 @@ def check_task(name, folder, quick):
     return found
 
 
-def check(root, names=(), quick=False):
-    """Compares a folder of VTAB-1k with Table 1 -> {task: [Finding, ...]}. A task without faults has an empty list, or notes only.
+def find_tasks(root, names):
+    """The tasks to check -> {name: folder, or None where a task of VTAB-1k has none}. Raises ValueError for a name that is no task."""
+    if not names and layouts.has_lists(root):  # root is a task itself
+        name = root.resolve().name
+        return {ALIASES.get(name, name): root}
+    if not names:
+        own = [d.name for d in sorted(root.iterdir()) if d.name not in VTAB and d.name not in ALIASES and layouts.has_lists(d)]
+        names = own if own and not any(find_folder(name, root) for name in VTAB) else [*VTAB, *own]
+    tasks = {name: find_folder(name, root) for name in (ALIASES.get(name, name) for name in names)}
+    for name, folder in tasks.items():
+        if name not in VTAB and not (folder and layouts.has_lists(folder)):
+            raise ValueError(f"{name!r} is neither one of VTAB-1k's 19 tasks ({', '.join(VTAB)}) nor a folder with lists in {root}")
+    return tasks
 
-    names: which of the 19 tasks, under any of their names; () for all. Checked for each task: its folder, the four lists and every listed
-    image exist; counts, labels and classes are Table 1's; train800val200 is the other two lists together; no image is listed twice, or in
-    both train and test; every image can be decoded. quick: don't open images, except where names alone don't prove that the union is right.
-    Raises FileNotFoundError for a root that isn't a folder, ValueError for a name that isn't one of the 19.
+
+def check(root, names=(), quick=False):
+    """Compares tasks of lists with what they must be -> {task: [Finding, ...]}. A task without faults has an empty list, or notes only.
+
+    root: a folder of tasks, VTAB-1k's or your own, or the folder of one task. names: which of its tasks, VTAB-1k's under any of their
+    names; () for all: VTAB-1k's 19, unless only your own are there, and your own. Checked for each task: its folder, the four lists and
+    every listed image exist; counts, labels and classes are Table 1's (for your own: labels are classes.txt's); train800val200 is the
+    other two lists together; no image is listed twice, or in both train and test, for your own under any name; every image can be
+    decoded. quick: don't open images, except where names alone don't prove that the union is right.
+    Raises FileNotFoundError for a root that isn't a folder, ValueError for a name that is no task.
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
-    names = [ALIASES.get(name, name) for name in names or VTAB]
-    for name in names:
-        if name not in VTAB:
-            raise ValueError(f"{name!r} is not one of VTAB-1k's 19 tasks: {', '.join(VTAB)}")
-    findings = {}
-    for name in names:
-        folder = find_folder(name, root)
-        findings[name] = check_task(name, folder, quick) if folder else [Finding("task", f"no folder {' or '.join(list_names(name))}")]
-    return findings
+    missing = lambda name: [Finding("task", f"no folder {' or '.join(list_names(name))}")]
+    return {name: check_task(name, folder, quick) if folder else missing(name) for name, folder in find_tasks(root, names).items()}
 
 
 def report(findings, most=5):

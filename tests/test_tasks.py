@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from helpers import SHARED, forbidden, quiet, write_image, write_lists, write_tr
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
-from pyra_lab import images
+from pyra_lab import images, layouts
 from pyra_lab.tasks import SPLITS, find_task, load_split, own_task, stream_split
 
 # Lists
@@ -27,7 +29,9 @@ def test_a_task_of_lists(tmp_path):
     pixels.zero_()  # its own copy: the cache doesn't change
     assert load_split(task, "train800val200", 5, cache=tmp_path / "cache")[0][4, 0, 2, 2] == 80  # by its Task
     (folder / "classes.txt").write_text("crow\nswan\nwren\nowl\n")
-    assert find_task("birds", tmp_path).num_classes == 4 and find_task("birds", tmp_path).classes[1] == "swan"
+    with pytest.warns(UserWarning, match="train800val200.txt has no image of 1 of the 4 classes: owl$"):
+        task = find_task("birds", tmp_path)
+    assert task.num_classes == 4 and task.classes[1] == "swan"
 
 
 def test_the_exporters_names_and_the_other_ways_round(tmp_path):
@@ -48,6 +52,14 @@ def test_what_differs_from_table_1_is_reported_number_by_number(tmp_path):
     assert [t.split("Table 1: ")[1] for t in text] == [
         "train800.txt lists 6 images, not 800", "val200.txt lists 3 images, not 200", "train800val200.txt lists 9 images, not 1000",
         "test.txt lists 6 images, not 26032", "classes.txt names 2 classes, not 10"]
+
+
+def test_labels_from_1_and_with_gaps_are_told(tmp_path):
+    folder = write_lists(tmp_path / "birds")
+    for split in SPLITS:
+        (folder / f"{split}.txt").write_text("".join(f"{i}.png {3 * (i % 3) + 1}\n" for i in range(6)))  # 1, 4, 7
+    with pytest.warns(UserWarning, match="train800val200.txt has no image of 5 of the 8 classes: 0, 2, 3, 5, 6$"):
+        assert find_task("birds", tmp_path).num_classes == 8
 
 
 def test_pyra_data_and_pyra_cache(tmp_path, monkeypatch):
@@ -83,6 +95,25 @@ def test_the_cache_is_used_until_a_file_or_a_list_changes(tmp_path, monkeypatch)
     assert len(list(cache.glob("*.npy"))) == 3 and not list(cache.glob("*.partial"))
 
 
+def test_the_cache_knows_copies_and_edits_that_keep_size_and_time(tmp_path):
+    first = write_lists(tmp_path / "a/birds")
+    for red in range(6):
+        write_image(tmp_path / f"b/birds/images/test/{red:06d}.png", (red * 20 + 1, 0, 0))
+        shutil.copystat(first / f"images/test/{red:06d}.png", tmp_path / f"b/birds/images/test/{red:06d}.png")
+    second = shutil.copytree(first, tmp_path / "b/birds", dirs_exist_ok=True, ignore=shutil.ignore_patterns("test"))
+    load = lambda root: load_split("birds", "test", 4, root, tmp_path / "cache")[0][:, 0, 0, 0].tolist()
+    assert load(tmp_path / "a") == [0, 20, 40, 60, 80, 100] and load(tmp_path / "b") == [1, 21, 41, 61, 81, 101]
+    first.rename(tmp_path / "a/first"), second.rename(first)  # the other one, at the same place
+    assert load(tmp_path / "a") == [1, 21, 41, 61, 81, 101]
+    file = first / "images/test/000005.png"
+    size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    Image.new("RGB", (9, 7), (200, 0, 0)).save(file)
+    os.utime(file, ns=times)
+    assert file.stat().st_size == size and load(tmp_path / "a")[5] == 200
+    (tmp_path / "link").symlink_to(first.parent)
+    assert load(tmp_path / "link")[5] == 200 and len(list((tmp_path / "cache").glob("*.npy"))) == 4
+
+
 def unlink(name):
     return lambda folder: (folder / name).unlink()
 
@@ -93,6 +124,10 @@ def unlink(name):
      r"train800.txt, line 3: label 2 is outside 0..1, the 2 classes that classes.txt gives birds$"),
     ("patch_camelyon", lambda folder: None, ValueError, r"line 3: label 2 is outside 0..1, the 2 classes that Table 1 gives patch_camelyon$"),
     ("birds", unlink("images/test/000003.png"), FileNotFoundError, "000003.png, of the test split of birds, does not exist$"),
+    ("birds", lambda folder: (unlink("images/test/000003.png")(folder), (folder / "images/test/000003.png").mkdir()), ValueError,
+     "000003.png, of the test split of birds, is not a file$"),
+    ("birds", lambda folder: (folder / "train800val200.txt").write_text("a.png 1\n"), ValueError,
+     "train800val200.txt has no label but 1: a task needs at least 2 classes$"),
 ])
 def test_broken_tasks_of_lists(tmp_path, name, damage, error, sentence):
     damage(write_lists(tmp_path / name))
@@ -112,6 +147,9 @@ def test_names_that_are_refused(tmp_path):
     }.items():
         with pytest.raises(FileNotFoundError, match=sentence):
             find_task(name, tmp_path)
+    for name in ("folder:", "folder: ", "stream:"):
+        with pytest.raises(ValueError, match=f"'{name}' names no folder: write {name.strip()}/path/to/images$"):
+            find_task(name)
     with pytest.raises(ValueError, match="split 'val' is not one of train800, val200, train800val200, test"):
         load_split("birds", "val", 4, tmp_path)
     with pytest.raises(ValueError, match="img_size 0 is not a positive"):
@@ -157,12 +195,17 @@ def test_a_stream_reads_its_two_folders(tmp_path):
     assert {image.mode for image, _ in stream_split(name, "test", None)} == {"RGB"}
 
 
-def test_finding_a_stream_lists_no_images(tmp_path, monkeypatch):
-    name, scandir, listed = write_stream(tmp_path), os.scandir, []
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path)) or scandir(path))
-    monkeypatch.setattr(os, "listdir", forbidden)
+def test_finding_a_stream_reads_one_entry_per_class(tmp_path, monkeypatch):
+    name, scan, read = write_stream(tmp_path / "stream"), layouts.scan, Counter()
+
+    def counted(folder, left):
+        for entry in scan(folder, left):
+            read[Path(folder).name] += 1
+            yield entry
+
+    monkeypatch.setattr(layouts, "scan", counted)
     find_task(name)
-    assert listed == [tmp_path / "train", tmp_path / "val"]
+    assert read["cat"] == read["horse"] == 2  # one in train/ and one in val/, of three and two
 
 
 def test_a_stream_goes_through_a_loader_of_other_processes(tmp_path):
@@ -184,7 +227,8 @@ def test_streams_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="val/cat/0.png is not an image that can be read"):
         stream_split(name, "test", None)[0]
     write_tree(tmp_path / "val", {"zebra": 1})
-    with pytest.raises(ValueError, match="val holds other classes than it did"):
+    write_tree(tmp_path / "train", {"zebra": 1})
+    with pytest.raises(ValueError, match="holds other classes than it did when the task was looked up$"):
         stream_split(task, "test", None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_image
+from helpers import write_image, write_lists
 from PIL import Image
 
 from pyra_lab import vtab
@@ -138,7 +138,7 @@ def test_check_knows_an_exporters_images_by_their_bytes(tmp_path, pool):
         "union: val200.txt, line 193: images/val200/000192.png with label 0 is not in train800val200.txt"]
     assert texts(tmp_path, "kitti") == texts(tmp_path, "kitti", quick=True) == expected
     shutil.copy(folder / "images/train800/000000.png", folder / "images/test/000005.png")
-    assert texts(tmp_path, "kitti")[3:] == ["note: test.txt has training images, byte for byte, under other names: images/test/000005.png"]
+    assert texts(tmp_path, "kitti")[3:] == ["note: test.txt has training images under other names: images/test/000005.png"]
 
 
 def test_check_of_images_that_are_no_images(tmp_path, pool):
@@ -183,6 +183,23 @@ def test_check_looks_for_jpeg_where_it_matters(tmp_path, pool):
     assert texts(tmp_path, "kitti") == []
 
 
+def test_check_takes_tasks_of_ones_own(tmp_path):
+    folder = write_lists(tmp_path / "birds")
+    assert check(folder) == {"birds": []} == check(tmp_path) == check(tmp_path, ["birds"])
+    Image.open(folder / "images/train800/000001.png").save(folder / "images/test/000004.bmp")  # the same image in another format
+    edit_line(folder / "test.txt", 5, "images/test/000004.bmp 1")
+    edit_line(folder / "test.txt", 6, "images/test/000003.png 4")
+    (folder / "images/val200/000002.png").unlink()
+    assert [f"{finding.kind}: {finding.text}" for finding in check(folder)["birds"]] == [
+        "note: train800val200.txt has no image of 2 of the 5 classes: 3, 4",
+        "duplicate: test.txt, line 6: images/test/000003.png is in test.txt, line 4 already",
+        "note: test.txt has no image of 2 of the 5 classes: 3, 4",
+        "missing: val200.txt, line 3: images/val200/000002.png does not exist",
+        "overlap: test.txt, line 5: images/test/000004.bmp is the same image as images/train800/000001.png in train800.txt, line 2"]
+    write_lists(tmp_path / "cifar")
+    assert list(check(tmp_path, quick=True)) == [*VTAB, "birds"] and len(check(tmp_path / "cifar", quick=True)["cifar100"]) > 4  # Table 1's
+
+
 def test_report_shortens_long_lists(tmp_path, pool):
     folder = write_vtab(tmp_path / "kitti", "kitti", pool)
     (folder / "test").unlink()
@@ -195,7 +212,7 @@ def test_report_shortens_long_lists(tmp_path, pool):
 def test_check_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         check(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="'birds' is not one of VTAB-1k's 19 tasks: cifar100, "):
+    with pytest.raises(ValueError, match="'birds' is neither one of VTAB-1k's 19 tasks .cifar100, .* nor a folder with lists in "):
         check(tmp_path, ["kitti", "birds"])
     found = check(tmp_path)
     assert {finding.kind for task in found.values() for finding in task} == {"task"} and len(found) == 19
