@@ -85,7 +85,7 @@ def count_tokens(model, batches, dtype=torch.float32):
 
 def mean_macs(model, counts):
     """Multiply-accumulates of a forward pass, as in pyra.count_macs: the mean over the images of counts (depth + 1, images)."""
-    counts = counts.double()
+    counts = counts.cpu().double()  # Apple's GPUs have no float64
     macs = pyra.macs_of_counts(model, counts)
     for block, n, m in zip(model.blocks, counts, counts[1:]):
         if hasattr(block.reducer, "macs_saved"):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Config:
     eval_split: str = option("test", "images to evaluate on; val200 for any kind of selection", SPLITS)
     eval_every: int = option(0, "epochs between evaluations; 0: only after the last")
     data_root: str | None = option(None, "folder of the tasks; by default PYRA_DATA or data/")
-    device: str | None = option(None, "cpu, cuda, cuda:1 ...")
+    device: str | None = option(None, "cpu, cuda, cuda:1 ... or mps (Apple's GPU)")
     dtype: str | None = option(None, "bfloat16 (the frozen weights too) or float32", DTYPES)
     compile: bool = option(False, "torch.compile the forward pass of training")
     checkpoint: bool = option(False, "compute each block again in the backward pass: less memory, a third more time")
@@ -102,8 +103,8 @@ class Config:
             values["task"] = f"{kind}:{Path(path).expanduser().resolve()}"
         for name in ("weights", "teacher_weights"):
             file = getattr(self, name)
-            if file and file != SHIPPED and Path(file).is_file():
-                values[name] = str(Path(file).resolve())
+            if file and file != SHIPPED and os.path.isfile(expanded := os.path.expanduser(file)):
+                values[name] = os.path.abspath(expanded)  # a link is not followed: Hugging Face's cache links to files without a suffix
         root = self.data_root or os.environ.get("PYRA_DATA")
         if root:
             values["data_root"] = str(Path(root).expanduser().resolve())
@@ -180,13 +181,17 @@ def check_combinations(config):
 
 
 def check_device_name(device):
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda or cuda:<number>, not {device!r}")
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
+        raise ValueError(f"device must be cpu, cuda, cuda:<number> or mps, not {device!r}")
 
 
 def check_device(device):
     """Raises ValueError unless device is None or one of this machine."""
     check_device_name(device)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps was requested, but PyTorch finds no Apple GPU here")
+    if device == "mps":
+        warnings.warn("device mps is untested: results are not reproducible bit for bit there, and peak memory is not recorded", stacklevel=3)
     if (device or "").startswith("cuda"):
         if not torch.cuda.is_available():
             raise ValueError(f"device {device} was requested, but PyTorch finds no CUDA device here")
@@ -195,7 +200,9 @@ def check_device(device):
 
 
 def has_fast_bfloat16(device):
-    """Whether matrix products in bf16 are faster there than in fp32."""
+    """Whether matrix products in bf16 are faster there than in fp32. On Apple's GPUs (mps) this is not measured: float32 is the default."""
+    if device == "mps":
+        return False
     if device.startswith("cuda"):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -45,6 +45,11 @@ def lock(file, wait=True):
         return False
 
 
+def lock_file(path):
+    """The file whose lock is that of the path: itself, or .lock in a folder, since Windows opens no folders."""
+    return path / ".lock" if path.is_dir() else path
+
+
 @contextlib.contextmanager
 def file_lock(path):
     """Waits for the lock of a path and holds it: yields True, or False at once where there are no locks (Windows, some network file systems).
@@ -52,8 +57,5 @@ def file_lock(path):
     path: a folder, or a file that is created where there is none. The kernel releases the lock when its holder ends, however it
     ends. The empty file stays: removing it would let two processes in at once.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        yield lock(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(lock_file(path), "ab") as file:
+        yield lock(file)

@@ -177,9 +177,8 @@ def lock_run(folder):
     log = open(file, "ab")
     taken = files.lock(log, wait=False) is None
     if not taken and folder.is_dir():  # somebody may have started this run by hand, without our log
-        descriptor = os.open(folder, os.O_RDONLY)
-        taken = files.lock(descriptor, wait=False) is None
-        os.close(descriptor)
+        with open(files.lock_file(folder), "ab") as held:
+            taken = files.lock(held, wait=False) is None
     if taken:
         log.close()
     return None if taken else log

@@ -132,6 +132,7 @@ def build_model(config, num_classes, plan=None):
     return call_add(method, adapt(model, config), config, plan)
 
 
+@pyra.on_model
 def fold(model):
     """Folds the PEFT into the weights, where it can be: the same logits for less work. Returns the model."""
     for row in PEFTS.values():
@@ -140,6 +141,7 @@ def fold(model):
     return model
 
 
+@pyra.on_model
 def count_trained(model):
     """Trained parameters by part: peft, reducer, head, backbone."""
     counts = {"peft": 0, "reducer": 0, "head": 0, "backbone": 0}

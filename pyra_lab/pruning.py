@@ -30,6 +30,7 @@ def check_prunable(model):
         raise ValueError("the model has a PEFT already: prune first, then add it to the pruned model")
 
 
+@pyra.on_model
 @torch.no_grad()
 def prune_channels(model, keep):
     """Cuts attention heads and MLP units out of every block, in place; the residual stream stays c wide. Returns the model.
@@ -102,6 +103,7 @@ def random_keep(model, flops_ratio, generator):
     raise ValueError(f"no random pruning of this model meets 1/{flops_ratio:g} of its MACs within 1 %")
 
 
+@pyra.on_model
 def search_pruning(model, flops_ratio, score, candidates=20, seed=0):
     """RaP, "Revisiting random channel pruning" (Li et al., CVPR 2022), for a ViT: the best of `candidates` random prunings.
 

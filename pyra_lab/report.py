@@ -55,10 +55,10 @@ def say(text):
     display(Markdown(text))
 
 
-def caution(results):
-    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. results: the runs behind them."""
-    epochs = max(result.config["epochs"] for result in results)
-    numbers = {"epoch": epochs, "seed": len({result.config["seed"] for result in results})}
+def caution(groups):
+    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. groups: Results over seeds, one list per method."""
+    results = [result for group in groups for result in group]
+    numbers = {"epoch": max(result.config["epochs"] for result in results), "seed": len({result.config["seed"] for result in results})}
     if numbers["epoch"] < 10 or numbers["seed"] < 3:
         counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
         tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
@@ -105,6 +105,12 @@ def measured(group):
             "MACs, M": sum(result.macs for result in group) / len(group) / 1e6, "seeds": len(group), "accuracy, %": accuracy_over_seeds(group)}
 
 
+def as_json(group, **more):
+    """What programs may want to know of one method's Results over seeds."""
+    first = group[0]
+    return {"accuracy": [r.accuracy_last for r in group], "seeds": [r.config["seed"] for r in group], "macs": first.macs, "trained": first.trained, **more}
+
+
 def show_json(results):
     """Displays {name: dict} for the programs that read an executed notebook; a reader sees one line."""
     from IPython.display import display
@@ -128,7 +134,7 @@ def use_style():
     """Figures as all notebooks have them."""
     import matplotlib
     matplotlib.rcParams.update({
-        "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.1, "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.prop_cycle": matplotlib.cycler(color=[*COLOURS.values(), *PALETTE]), "legend.frameon": False, "lines.linewidth": 1.2, "lines.markersize": 4.5,
     })
 
@@ -178,6 +184,13 @@ def draw_accuracy(ax, x, accuracy, ink, marker="o"):
         ax.errorbar(x, accuracy.mean, accuracy.std, fmt=marker, color=ink, capsize=2)
     else:
         ax.plot(x, accuracy.mean, marker, color=ink)
+
+
+def draw_level(ax, accuracy, text, ink, linestyle="-"):
+    """A horizontal line with its name above its right end, in a band of one standard deviation."""
+    ax.axhline(accuracy.mean, color=ink, linestyle=linestyle)
+    ax.axhspan(accuracy.mean - accuracy.std, accuracy.mean + accuracy.std, color=ink, alpha=0.15, linewidth=0)
+    ax.annotate(text, (1, accuracy.mean), xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(0, 2), ha="right", color=ink, fontsize=7.5)
 
 
 def tradeoff(points, costs):

@@ -47,7 +47,7 @@ def test_file_lock_excludes_other_processes_until_its_holder_ends(tmp_path, kind
     first, second = (context.Process(target=hold_lock, args=(path, messages)) for _ in range(2))
     first.start()
     assert messages.get(timeout=60) is True
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(files.lock_file(path), os.O_RDWR | os.O_CREAT)
     assert files.lock(descriptor, wait=False) is None  # held by another
     second.start()
     second.join(0.3)

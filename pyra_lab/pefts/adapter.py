@@ -25,6 +25,7 @@ class Adapter(nn.Module):
         return 2 * n * self.down.weight.numel()
 
 
+@pyra.on_model
 def add_adapter(model, dim=8, dropout=0.1):
     """Adapter (Houlsby et al., ICML 2019) as NOAH and PYRA use it: one per block, in series after the MLP, with its own skip.
 

@@ -64,6 +64,7 @@ class Convpass(nn.Module):
         return 2 * n * self.down.weight.numel() + self.grid**2 * self.conv.weight.numel() + n * self.conv.weight[:, :, 1, 1].numel()
 
 
+@pyra.on_model
 def add_convpass(model, dim=8, scale=1.0, init="identity", dropout=0.1):
     """Convpass (Jie & Deng, 2022, arXiv 2207.07039): a convolutional bypass beside attention and another beside the MLP.
 

@@ -75,6 +75,7 @@ def linears(block):
     return (block.attn, "qkv", 3, 1), (block.attn, "proj", 1, 1), (block.mlp, "fc1", k, 1), (block.mlp, "fc2", 1, k)
 
 
+@pyra.on_model
 def add_fact(model, form="tt", rank=16, scale=1.0, dropout=0.1):
     """FacT (Jie & Deng, AAAI 2023, arXiv 2212.03145): low-rank updates of all linear maps from factors that they share.
 
@@ -104,6 +105,7 @@ def add_fact(model, form="tt", rank=16, scale=1.0, dropout=0.1):
     return finish_peft(model, "FacT", form=form, rank=rank, scale=float(scale))
 
 
+@pyra.on_model
 def fold_fact(model):
     """Folds FacT into the linear maps, W + s V Sigma U, and removes its tensors: the same logits for less work. Returns the model."""
     if model.peft and model.peft["name"] == "FacT":

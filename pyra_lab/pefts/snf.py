@@ -31,6 +31,7 @@ class Flow(nn.Module):
         return n * self.dim * (self.affine + 2 * self.flows)
 
 
+@pyra.on_model
 def add_snf(model, flows=0, affine=True):
     """SNF (Wang et al., CVPR 2023): a normalizing flow on each of a block's two identity shortcuts.
 

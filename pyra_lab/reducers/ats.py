@@ -52,6 +52,7 @@ class ATS(nn.Module):
         return f"count={self.count}"
 
 
+@pyra.on_model
 def add_ats(model, counts):
     """ATS, adaptive token sampling (Fayyaz et al., ECCV 2022, arXiv 2111.15667): tokens drawn by their significance, duplicates once.
 

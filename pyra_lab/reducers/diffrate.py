@@ -33,10 +33,11 @@ def merge_by_similarity(tokens, src, dst):
         best, partner = (unit @ unit.mT).masked_fill(~dst[:, None], -math.inf).max(dim=-1)
     gone = src[..., None].float()
     count = pyra.add_at(torch.ones_like(gone), partner, gone)
+    x = pyra.widen(x)
     x = pyra.add_at(x, partner, x * gone.to(x.dtype)) / count.to(x.dtype)
     size = pyra.add_at(size.detach(), partner, size.detach() * gone * best[..., None].clamp(min=0))
     here = torch.arange(x.shape[1], device=x.device)
-    return pyra.Tokens(x, size, remap_source(source, torch.where(src, partner, here)))
+    return pyra.Tokens(x.to(tokens.x.dtype), size, remap_source(source, torch.where(src, partner, here)))
 
 
 class FrozenDiffRate(nn.Module):
@@ -125,6 +126,7 @@ class DiffRate(nn.Module):
         return pyra.Tokens(x, size_with_gradient(size, alive * keep), torch.where(here.gather(1, source.clamp(min=0)), source, -1))
 
 
+@pyra.on_model
 def add_diffrate(model, granularity=4):
     """DiffRate, differentiable compression rate (Chen et al., ICCV 2023, arXiv 2305.17997): learns how many patches each block prunes and merges.
 
@@ -148,6 +150,7 @@ def add_diffrate(model, granularity=4):
     return pyra.set_reducers(model, reducers, attend=attend_with_gradient)
 
 
+@pyra.on_model
 def diffrate_rates(model):
     """The numbers of patches that DiffRate keeps, a list with one (prune, merge) per block. Raises ValueError."""
     if not all(isinstance(block.reducer, (DiffRate, FrozenDiffRate)) for block in model.blocks):
@@ -155,6 +158,7 @@ def diffrate_rates(model):
     return [block.reducer.rates() if isinstance(block.reducer, DiffRate) else (block.reducer.prune, block.reducer.merge) for block in model.blocks]
 
 
+@pyra.on_model
 def freeze_diffrate(model, rates=None):
     """Replaces DiffRate's logits by the numbers that they came to: from now on tokens are cut in training too. Returns the model.
 

@@ -50,6 +50,7 @@ def check_layers(model, layers):
     return sorted(layers)
 
 
+@pyra.on_model
 def add_evit(model, keep_rate=0.7, layers=None):
     """EViT (Liang et al., ICLR 2022, arXiv 2202.07800): in each of `layers`, keeps ceil(keep_rate n) of the n patches left.
 
@@ -94,6 +95,6 @@ def add(model, config, plan):
     try:
         keep_rate = evit_keep_rate(model, macs)
     except ValueError:
-        layers = [len(model.blocks) * i // 12 for i in (1, 3, 5, 7, 9)]
+        layers = sorted({len(model.blocks) * i // 12 for i in (1, 3, 5, 7, 9)})
         keep_rate = evit_keep_rate(model, macs, layers)
     return add_evit(model, keep_rate, layers)

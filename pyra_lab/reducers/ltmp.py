@@ -53,7 +53,7 @@ class LTMP(nn.Module):
         return importance.masked_fill(size[..., 0] == 0, math.inf)
 
     def forward(self, tokens, qkv):
-        x, size, source = pyra.with_sizes(tokens)
+        x, size, source = pyra.with_sizes(tokens._replace(x=pyra.widen(tokens.x)))
         (b, n, _), p = x.shape, self.specials
         if n == p:
             return tokens
@@ -87,9 +87,10 @@ class LTMP(nn.Module):
         order = key.argsort(dim=1, stable=True)
         if not self.training:
             order = order[:, :(key < 2).sum(dim=1).amax()]
-        return gather_tokens(pyra.Tokens(x, size, remap_source(source, new_index)), order)
+        return gather_tokens(pyra.Tokens(x.to(tokens.x.dtype), size, remap_source(source, new_index)), order)
 
 
+@pyra.on_model
 def add_ltmp(model):
     """LTMP, learned thresholds token merging and pruning (Bonnaerens & Dambre, TMLR 2023, arXiv 2307.10780), two thresholds per block.
 

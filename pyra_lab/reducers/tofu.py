@@ -13,7 +13,7 @@ def mlerp(tokens, matching):
     stay, src = order.split([order.shape[1] - dst.shape[1], dst.shape[1]], dim=1)
     x, x_src = pyra.take(tokens.x, stay), pyra.take(tokens.x, src)
     norm = x.float().norm(dim=-1).scatter_reduce(1, dst, x_src.float().norm(dim=-1), "amax")
-    mean = F.normalize(pyra.add_at(x, dst, x_src).float(), dim=-1) * norm[..., None]  # of a sum or a mean, the direction is the same
+    mean = F.normalize(pyra.add_at(pyra.widen(x), dst, pyra.widen(x_src)).float(), dim=-1) * norm[..., None]  # of a sum or a mean, the direction is the same
     unmerged = torch.ones_like(norm).scatter(1, dst, 0) > 0
     place = torch.cat([torch.arange(x.shape[1], device=dst.device).expand(len(dst), -1), dst], dim=1)
     new_index = torch.empty_like(order).scatter(1, order, place)
@@ -35,6 +35,7 @@ class ToFu(pyra.ToMe):
         return mlerp(tokens, matching) if self.late else gather_tokens(tokens, matching.order[:, :self.tokens_after(n)])
 
 
+@pyra.on_model
 def add_tofu(model, r):
     """ToFu, token fusion (Kim et al., WACV 2024, arXiv 2312.01026): early blocks prune the r most similar patches, late ones merge them.
 
