@@ -144,12 +144,12 @@ def read_image(file):
     """A file -> PIL image, RGB, as to_rgb makes it; of several frames or pages the first. Raises ValueError, naming the file, if it can't be read."""
     try:
         with Image.open(file) as image:
-            if image.format in NO_PICTURES:
+            if image.format not in list_formats() | {"MPO"}:
                 raise ValueError(f"{image.format} files are not used")
             return to_rgb(image)
     except Exception as error:  # damaged files make Pillow raise nearly everything
         unknown = isinstance(error, UnidentifiedImageError)
-        why = "it begins like no format that Pillow knows" if unknown else getattr(error, "strerror", None) or files.first_line(error)
+        why = "it begins like no format that Pillow knows" if unknown else getattr(error, "strerror", None) or files.first_line(error).rstrip(".")
         raise ValueError(f"{file} is not an image that can be read: {why}") from error
 
 

@@ -124,21 +124,31 @@ def scan(folder, left):
                 left["broken links" if entry.is_symlink() else "entries that are no files", ""] += 1
 
 
-def find_images(folder, left):
-    """Yields the images in a folder and its sub-folders, as they come."""
+def find_images(folder, left, seen):
+    """Yields the images in a folder and its sub-folders, as they come. Raises ValueError for a folder that links make part of two.
+
+    seen: {real path: path} of the folders met so far, to which it adds.
+    """
+    if (other := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+        raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
     for path, is_folder in scan(folder, left):
         if is_folder:
-            yield from find_images(path, left)
+            yield from find_images(path, left, seen)
         else:
             yield path
 
 
-def list_images(folder, left):
-    """The images in a class's folder and its sub-folders, sorted. Raises ValueError if there are none."""
-    found = sorted(find_images(folder, left), key=lambda path: path.split(os.sep))
+def list_images(folder, left, seen):
+    """The images in a class's folder and its sub-folders, sorted; left and seen as in find_images. Raises ValueError if there are none."""
+    found = sorted(find_images(folder, left, seen), key=lambda path: path.split(os.sep))
     if not found:
         raise ValueError(f"{folder} holds no images: no file in it is of a format that Pillow reads")
     return found
+
+
+def holds_images(folder):
+    """Whether there is an image in a folder or its sub-folders."""
+    return next(find_images(folder, Counter(), {}), None) is not None
 
 
 def list_folders(folder):
@@ -259,7 +269,7 @@ def check_level(folder):
             if not is_folder:
                 return
             inner.append(path)
-        inner = sorted(path for path in inner if next(find_images(path, Counter()), None))
+        inner = sorted(path for path in inner if holds_images(path))
         if len(inner) != 1:
             break
         (folder,) = inner
@@ -293,7 +303,7 @@ def find_tree(path, stream=False):
             raise ValueError(f"{base} has {names[0]}/ but neither val/ nor test/: add one, or point the task at {parts['train']}{hint}")
         if stream and "val" in parts:
             parts.pop("test", None)
-        left.update(("folders that are neither train, val nor test", name + "/") for name in others if next(find_images(folders[name], Counter()), None))
+        left.update(("folders that are neither train, val nor test", name + "/") for name in others if holds_images(folders[name]))
         tree = {part: list_classes(folder, left) for part, folder in parts.items()}
     elif tree is None:
         alike = {name: PARTS[word] for name in folders for word in split_words(name) if word in PARTS}  # seg_train, seg_test
@@ -314,8 +324,8 @@ def split_tree(path):
     val200 is val/ where train/, val/ and test/ all exist, and a seeded 20 % of each class of train/ otherwise.
     Raises what find_tree raises, and ValueError for a class without images and for a split that would be empty.
     """
-    tree, left = find_tree(path)
-    trees = {part: {name: list_images(folder, left) for name, folder in folders.items()} for part, folders in tree.items()}
+    (tree, left), seen = find_tree(path), {}
+    trees = {part: {name: list_images(folder, left, seen) for name, folder in folders.items()} for part, folders in tree.items()}
     if "train" in trees:
         train, test = trees["train"], trees.get("test") or trees["val"]
     else:

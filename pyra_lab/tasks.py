@@ -211,10 +211,10 @@ def stream_split(task, split, transform):
     task = task if isinstance(task, Task) else find_task(task)
     if task.group != "Stream":
         raise ValueError(f"{task.name} is not a stream:/path task: load_split holds it in memory")
-    part, left = "train" if split.startswith("train") else "val", Counter()
+    part, left, seen = "train" if split.startswith("train") else "val", Counter(), {}
     folders = layouts.find_stream(task.path)[0][part]
     check_classes(task, folders)
-    samples = [(file, label) for label, name in enumerate(task.classes) for file in layouts.list_images(folders[name], left)]
+    samples = [(file, label) for label, name in enumerate(task.classes) for file in layouts.list_images(folders[name], left, seen)]
     warn_of_left(f"{task.path}, {part}", left)
     return Stream(samples, task.classes, transform)
 

@@ -54,8 +54,8 @@ def grey(*values, dtype=np.uint16):
 def png(bits, kind, pixels, transparent):
     """A PNG file of one row with a transparent colour, at depths that Pillow doesn't write; kind: 0 grey, 2 RGB."""
     width = len(pixels) * 8 // bits // {0: 1, 2: 3}[kind]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + pixels)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0), b"tRNS" + transparent, b"IDAT" + zlib.compress(b"\0" + pixels), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
 
 
 def tiff(bits, white, data, order="<", kind=1):
@@ -95,7 +95,8 @@ FILES = {
     "16-bit JPEG 2000": (encode(grey(*[40000] * 64), "JPEG2000"), [156] * 64),
     "16-bit PNG with a transparent value": (png(16, 0, struct.pack(">2H", 300, 40000), struct.pack(">H", 300)), [255, 156]),
     "4-bit PNG with a transparent value": (png(4, 0, b"\x8a", b"\0\x08"), [255, 170]),
-    "16-bit RGB PNG with a transparent colour": (png(16, 2, struct.pack(">6H", 300, 400, 500, 256, 512, 768), struct.pack(">3H", 300, 400, 500)), [WHITE, (1, 2, 3)]),
+    "16-bit RGB PNG with a transparent colour": (
+        png(16, 2, struct.pack(">6H", 300, 400, 500, 256, 512, 768), struct.pack(">3H", 300, 400, 500)), [WHITE, (1, 2, 3)]),
     "RGBA PNG": (encode(SHAPE, "PNG"), [BLACK, WHITE, PINK]),
     "RGBA WebP": (encode(SHAPE, "WEBP", lossless=True, exact=True), [BLACK, WHITE, PINK]),
     "RGBA TIFF": (encode(SHAPE, "TIFF"), [BLACK, WHITE, PINK]),

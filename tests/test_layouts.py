@@ -86,9 +86,11 @@ READ = {  # a tree of two classes, 10 images each to train on and 3 to test on i
     "classes first": (["a/train: 10", "b/Train: 10", "a/valid: 3", "b/val: 3"], "ab"),
     "hidden and system entries": (
         ["train/a: 10", "train/b: 10", "test/a: 3", "test/b: 3", "__MACOSX/train/a: 3", ".git: 2", "train/.ipynb_checkpoints: 1", "test/@eaDir/a: 1",
-         "train/a/.Trash-1000: 2", "test/b/@eaDir: 2", "train/b: ._0.png Thumbs.db .DS_Store", "test/a/$RECYCLE.BIN: 1", "test/a/System Volume Information: 1"], "ab"),
-    "links": (["blobs/x: 7", "blobs/y: 3", "t/train/a: 3", "t/train/b -> ../../blobs/y", "t/train/a/more -> ../../../blobs/x", "t/train/b/more -> ../x",
-               "t/test/a: 3", "t/test/b -> ../../blobs/z", "blobs/z/2.png -> ../y/0.png", "blobs/z/0.png -> ../y/1.png", "blobs/z/1.png -> ../y/2.png"], "ab"),
+         "train/a/.Trash-1000: 2", "test/b/@eaDir: 2", "train/b: ._0.png Thumbs.db .DS_Store", "test/a/$RECYCLE.BIN: 1",
+         "test/a/System Volume Information: 1"], "ab"),
+    "links": (["blobs/x: 7", "blobs/y: 3", "blobs/z: 7", "blobs/files: 3", "t/train/a: 3", "t/train/b -> ../../blobs/y", "t/train/a/more -> ../../../blobs/x",
+               "blobs/y/more -> ../z", "t/test/a: 3", "t/test/b/0.png -> ../../../blobs/files/0.png", "t/test/b/1.png -> ../../../blobs/files/1.png",
+               "t/test/b/2.png -> ../../../blobs/files/2.png"], "ab"),
     "Unicode forms": ([f"train/{CAFE[0]}: 10", "train/b: 10", f"test/{CAFE[1]}: 3", "test/b: 3"], ["b", CAFE[0]]),
     "letters' case": (["train/Cat: 10", "train/b: 10", "test/cat: 3", "test/b: 3"], ["Cat", "b"]),
 }
@@ -101,7 +103,8 @@ def test_trees_that_are_read_in_one_way_only(tmp_path, lines, classes):
     assert count_files(path) == {"train800": [8, 8], "val200": [2, 2], "train800val200": [10, 10], "test": [3, 3]}
     assert sorted(layouts.split_tree(path)[0]["test"]) == sorted(classes)
     tree, _ = layouts.find_stream(path)
-    assert {part: [len(layouts.list_images(folder, Counter())) for folder in folders.values()] for part, folders in tree.items()} == {"train": [10] * 2, "val": [3] * 2}
+    counts = {part: [len(layouts.list_images(folder, Counter(), {})) for folder in folders.values()] for part, folders in tree.items()}
+    assert counts == {"train": [10, 10], "val": [3, 3]}
     assert [sorted(folders) for folders in tree.values()] == [sorted(classes)] * 2
 
 
@@ -115,12 +118,13 @@ REFUSED = {
     "test alone": (["cat: 3", "dog: 3", "Test: 3"], "has Test/ but no train/: add it; if it is a class, give it another name$"),
     "other classes": (["train/a: 3", "train/b: 3", "test/a: 1", "test/c: 1"], "must hold the same classes, and differ in b, c$"),
     "an empty class": (["a: 9", "b: x.txt"], "b holds no images: no file in it is of a format that Pillow reads$"),
-    "two of a part": (["train/a: 9", "train/b: 9", "val/a: 2", "val/b: 2", "valid/a: 2", "valid/b: 2"], "holds val/ and valid/, which both mean val/"),
+    "two of a part": (["train/a: 9", "train/b: 9", "val/a: 2", "val/b: 2", "valid: 2"], "holds val/ and valid/, which both mean val/"),
     "flat parts": (["train: 9", "test: 9"], "(train|test) has no sub-folders"),
     "some classes in parts": (["a/train: 9", "a/val: 9", "b/train: 9", "b: 2"], "inside classes, but b/ holds train/ and images: put train/ and val/"),
     "classes below others": (["art/cat: 9", "art/dog: 9", "clip/cat: 9", "clip/dog: 9"], r"art holds images in several sub-folders only \(cat, dog\): if those"),
     "parts of other names": (["seg_train: 9", "seg_test: 9"], "holds seg_test, seg_train: name them train/ and val/ or test/ if they are parts"),
     "one folder twice": (["train/a: 9", "train/b: 9", "test -> train"], "test/a and .*train/a are the same folder: remove one of the links$"),
+    "links in a circle": (["a: 9", "b: 9", "a/x -> ../b", "b/y -> ../a"], "a/x and .*b are the same folder"),
     "one name twice": ([f"{CAFE[0]}: 9", f"{CAFE[1]}: 9"], "holds two folders of the same name in two Unicode forms: merge them$"),
 }
 

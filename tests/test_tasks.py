@@ -97,17 +97,19 @@ def test_the_cache_is_used_until_a_file_or_a_list_changes(tmp_path, monkeypatch)
 
 def test_the_cache_knows_copies_and_edits_that_keep_size_and_time(tmp_path):
     first = write_lists(tmp_path / "a/birds")
+    second = shutil.copytree(first, tmp_path / "b/birds")
     for red in range(6):
-        write_image(tmp_path / f"b/birds/images/test/{red:06d}.png", (red * 20 + 1, 0, 0))
-        shutil.copystat(first / f"images/test/{red:06d}.png", tmp_path / f"b/birds/images/test/{red:06d}.png")
-    second = shutil.copytree(first, tmp_path / "b/birds", dirs_exist_ok=True, ignore=shutil.ignore_patterns("test"))
+        files = [folder / f"images/test/{red:06d}.png" for folder in (first, second)]
+        for i, file in enumerate(files):
+            Image.new("RGB", (9, 7), (red * 20 + i, 0, 0)).save(file, "BMP")  # of the same size, whatever the colour
+        shutil.copystat(*files)
     load = lambda root: load_split("birds", "test", 4, root, tmp_path / "cache")[0][:, 0, 0, 0].tolist()
     assert load(tmp_path / "a") == [0, 20, 40, 60, 80, 100] and load(tmp_path / "b") == [1, 21, 41, 61, 81, 101]
     first.rename(tmp_path / "a/first"), second.rename(first)  # the other one, at the same place
     assert load(tmp_path / "a") == [1, 21, 41, 61, 81, 101]
     file = first / "images/test/000005.png"
     size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-    Image.new("RGB", (9, 7), (200, 0, 0)).save(file)
+    Image.new("RGB", (9, 7), (200, 0, 0)).save(file, "BMP")
     os.utime(file, ns=times)
     assert file.stat().st_size == size and load(tmp_path / "a")[5] == 200
     (tmp_path / "link").symlink_to(first.parent)
