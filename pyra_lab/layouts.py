@@ -139,10 +139,13 @@ def find_images(folder, left, seen):
 
 
 def list_images(folder, left, seen):
-    """The images in a class's folder and its sub-folders, sorted; left and seen as in find_images. Raises ValueError if there are none."""
+    """The images in a class's folder and its sub-folders, sorted; left and seen as in find_images. Raises ValueError if there are none, or parts."""
     found = sorted(find_images(folder, left, seen), key=lambda path: path.split(os.sep))
     if not found:
         raise ValueError(f"{folder} holds no images: no file in it is of a format that Pillow reads")
+    for inner in sorted({os.path.dirname(path) for path in found} - {folder}):
+        if any(find_part(name) for name in os.path.relpath(inner, folder).split(os.sep)):
+            raise ValueError(f"{inner} is called like a part of the tree, but lies inside a class: put train/ and val/ or test/ above the classes")
     return found
 
 
@@ -229,8 +232,8 @@ def find_parts_of_classes(path, folders):
     for name, (sub, loose) in inner.items():
         if parts[name].keys() != names or len(sub) != len(names) or loose or len(names) < 2 or "train" not in names:
             has, others = ", ".join(f"{part}/" for part in sub) or "no sub-folders", ", ".join(f"{part}/" for part in sorted(names))
-            raise ValueError(f"{path} has {others} inside classes, but {name}/ holds {has}{' and images' * bool(loose)}: "
-                             "put train/ and val/ or test/ above the classes, or into each of them and nothing else")
+            raise ValueError(f"{path} has parts inside classes ({others}), but {name}/ holds {has}{' and images' * bool(loose)}: "
+                             "put train/ and val/ or test/ above the classes, or into each of them, and nothing else there")
     return {part: {name: parts[name][part] for name in folders} for part in names}
 
 
