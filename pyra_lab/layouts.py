@@ -161,6 +161,16 @@ def list_folders(folder):
     return dict(folders), len(entries) - len(folders)
 
 
+def note_outside(folder, loose, left):
+    """Adds to `left` what lies beside class folders: `loose` images, and links that could have been class folders."""
+    if loose:
+        left["images outside the class folders", ""] += loose
+    found = Counter()
+    for _ in scan(folder, found):
+        pass
+    left.update({key: count for key, count in found.items() if "links" in key[0]})
+
+
 def describe_left(path, left):
     """One line that says what of a tree is left out, and why; None where nothing is."""
     why = {}
@@ -217,8 +227,7 @@ def list_classes(folder, left):
         raise ValueError(f"{folder} has no sub-folders: a task is a tree with one folder per class")
     if len(folders) == 1:
         raise ValueError(f"{folder} holds one class, {next(iter(folders))}: a task is a tree with one folder for each of two classes or more")
-    if loose:
-        left["images outside the class folders", ""] += loose
+    note_outside(folder, loose, left)
     return folders
 
 
@@ -294,8 +303,8 @@ def find_tree(path, stream=False):
     tree = None if parts else find_parts_of_classes(base, folders)
     if stream and tree is None and ("train" not in parts or len(parts) == 1):
         raise FileNotFoundError(f"{path} must hold train/ and val/ (or valid/, validation/, test/), each with one folder per class")
-    if loose and (parts or tree):
-        left["images outside the class folders", ""] += loose
+    if parts or tree:
+        note_outside(base, loose, left)
     if parts:
         names = [os.path.basename(folder) for folder in parts.values()]
         others = [name for name in folders if name not in names]

@@ -139,14 +139,14 @@ def test_trees_that_are_refused(tmp_path, lines, sentence):
 
 def test_what_is_left_out_is_said_in_one_line(tmp_path):
     write_files(tmp_path, "train/a: 9", "train/b: 9", "val/a: 3", "val/b: 3", "extra: 2", "notes: x.txt", "train: 1", "val/a: 1.heic 2.txt 3.txt plain",
-                "val/b: ._0.png", "train/a/up -> ..", "train/a/self.png -> self.png", "train/b/gone.png -> nowhere")
+                "val/b: ._0.png", "train/a/up -> ..", "train/a/self.png -> self.png", "train/b/gone.png -> nowhere", "train/c -> gone", "d -> gone")
     write_image(tmp_path / "val/b/4.png")
     (tmp_path / "val/b/4.png").rename(tmp_path / "val/b/four")
     os.mkfifo(tmp_path / "val/b/pipe.png")
     splits, left = layouts.split_tree(tmp_path)
     assert [len(files) for files in splits["test"].values()] == [3, 4]  # `four` begins as an image does
     assert layouts.describe_left("birds", left) == (
-        "birds: 11 left out: broken links (2), entries that are no files (1), files that aren't images (4: .heic, .txt, without a suffix), folders that are "
+        "birds: 13 left out: broken links (4), entries that are no files (1), files that aren't images (4: .heic, .txt, without a suffix), folders that are "
         "neither train, val nor test (1: extra/), hidden images (1), images outside the class folders (1), links that lead back (1); see data/README.md")
 
 

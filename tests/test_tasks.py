@@ -337,6 +337,7 @@ GOOD, IMAGE = noise(6, 0), noise(1, 0)[0][0]
     ((GOOD, TensorDataset(torch.rand(2, 3, 8, 8), torch.zeros(2).long())),
      r"the image of item 0 of the test Dataset is float32 \(3, 8, 8\): return a PIL image or uint8 \(3, h, w\), not normalised"),
     (([(np.zeros((8, 8, 3), np.uint8), 0)], GOOD), r"item 0 of the train Dataset is uint8 \(8, 8, 3\)"),
+    (([(Image.new("F", (4, 4)), 0)], GOOD), "the image of item 0 of the train Dataset can't be used: its values are signed or of 32 bits"),
     (([("cat.png", 0)], GOOD), "the image of item 0 of the train Dataset is of type str"),
     (([(IMAGE, 0.0)], GOOD), "the label of item 0 of the train Dataset is '0.0': return an integer of 0 or more"),
     (([(IMAGE, -1)], GOOD), "the label of item 0 of the train Dataset is '-1'"),
