@@ -10,7 +10,9 @@ import tempfile
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # also for the kernels and processes that tests start
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-RUNS = os.environ["PYRA_RUNS"] = tempfile.mkdtemp(prefix="pyra-runs-")  # no record of an earlier run stands in for one of today's code
+RUNS = None
+if "PYTEST_XDIST_WORKER" not in os.environ:  # no record of an earlier run stands in for one of today's code; the notebooks of all workers share theirs
+    RUNS = os.environ["PYRA_RUNS"] = tempfile.mkdtemp(prefix="pyra-runs-")
 
 
 def pytest_collectstart(collector):
@@ -19,4 +21,5 @@ def pytest_collectstart(collector):
 
 
 def pytest_unconfigure():
-    shutil.rmtree(RUNS, ignore_errors=True)
+    if RUNS:
+        shutil.rmtree(RUNS, ignore_errors=True)

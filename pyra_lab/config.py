@@ -36,21 +36,21 @@ class Config:
     # what
     task: str = option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, stream:/path/to/imagenet, sprites_... or digits")
     backbone: str = option("vit_nano_patch4_56", "timm's name; with .mae: average pooling", BACKBONES)
-    weights: str | None = option(None, "a file or a timm name on the Hugging Face hub; 'none': random")
+    weights: str | None = option(None, "a file or a name on the Hugging Face hub; 'none': random; by default the backbone's own")
     method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
     rate: str | float | list = option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry per block")
     s: int = option(1, "rank of PYRA's generators")
     peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
-    lora_rank: int | None = option(None, "LoRA's h")
+    lora_rank: int | None = option(None, "LoRA's h; by default the paper's for the backbone")
     peft_dim: int | None = option(None, "the bottleneck of adapter and convpass, by default LoRA's h; FacT's rank, by default its paper's for the task")
     peft_scale: float | None = option(None, "scale of convpass and FacT; by default their papers' for the task")
-    teacher: str | None = option(None, "PE-Dist: a larger backbone, first adapted to the task with LoRA, whose logits are learned too", BACKBONES)
-    teacher_weights: str | None = option(None, "the teacher's weights, as `weights`")
+    teacher: str | None = option(None, "PE-Dist: a larger backbone, first adapted to the task with LoRA, whose logits are learned too; by default none", BACKBONES)
+    teacher_weights: str | None = option(None, "the teacher's weights, as `weights`; by default the teacher's own")
     # how
     epochs: int = option(100, "epochs")
     second_epochs: int | None = option(None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
     warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
-    batch_size: int | None = option(None, "images per step, over all devices")
+    batch_size: int | None = option(None, "images per step, over all devices; by default the paper's for the backbone")
     micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")
     lr: float = option(1e-3, "learning rate of PEFT and head")
     layer_decay: float = option(0.65, "with peft full: the learning rate's factor from each block to the one below")
@@ -59,15 +59,15 @@ class Config:
     drop_path: float = option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = option(0.1, "on LoRA's input, or inside another PEFT")
     augment: str = option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)", AUGMENTS)
-    norm: str | None = option(None, "normalisation: imagenet, half (0.5) or none", NORMS)
+    norm: str | None = option(None, "normalisation: imagenet, half (0.5) or none; by default the one of the backbone's row", NORMS)
     seed: int = option(0, "seed of initialisation, order and dropout")
     # on what
     train_split: str = option("train800val200", "images to train on; train800 when selecting on val200", SPLITS)
     eval_split: str = option("test", "images to evaluate on; val200 for any kind of selection", SPLITS)
     eval_every: int = option(0, "epochs between evaluations; 0: only after the last")
     data_root: str | None = option(None, "folder of the tasks; by default PYRA_DATA or data/")
-    device: str | None = option(None, "cpu, cuda, cuda:1 ... or mps (Apple's GPU)")
-    dtype: str | None = option(None, "bfloat16 (the frozen weights too) or float32", DTYPES)
+    device: str | None = option(None, "cpu, cuda, cuda:1 ... or mps (Apple's GPU); by default cuda where there is one")
+    dtype: str | None = option(None, "bfloat16 (the frozen weights too) or float32; by default bfloat16 where it is fast", DTYPES)
     compile: bool = option(False, "torch.compile the forward pass of training")
     checkpoint: bool = option(False, "compute each block again in the backward pass: less memory, a third more time")
     workers: int = option(8, "processes per device that read the images of a stream: task")
@@ -88,7 +88,7 @@ class Config:
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
             warmup=self.epochs // 10, device=device, dtype="bfloat16" if has_fast_bfloat16(device) else "float32",
-            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS[self.backbone] else 1e-5,
+            peft_dim=known["lora_rank"], modulation_lr=1e-4 if 1e-4 in MODULATION_LRS.get(self.backbone, [1e-4]) else 1e-5,
             teacher_weights=self.teacher and BACKBONES[self.teacher]["weights"],
         )
         if peft.defaults is not None:
@@ -225,10 +225,13 @@ def read_value(text, kinds):
 
 def help_of(f):
     """A field's help: its meaning, its choices with theirs, its default."""
-    rows = f.metadata["choices"]
-    choices = "; ".join(f"{name}: {row.help}" if hasattr(row, "help") else name for name, row in rows.items()) if isinstance(rows, dict) else ""
-    default = "the paper's for the backbone, or the device's" if f.default is None else f.default
-    return f"{f.metadata['help']}{f'. {choices}' if choices else ''} (default: {default})".replace("%", "%%")
+    text, rows = f.metadata["help"], f.metadata["choices"] or {}
+    if any(name not in text for name in rows):
+        helped = [f"{name}: {row.help}" for name, row in rows.items() if hasattr(row, "help")] if isinstance(rows, dict) else []
+        text += ". " + "; ".join(helped or rows)
+    if f.default is not None:
+        text += f" (default: {f.default})"
+    return text.replace("%", "%%")
 
 
 def parse(argv, prog="pyra_lab run"):

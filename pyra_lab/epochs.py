@@ -166,7 +166,8 @@ def save(folder, model, optimizer, history, plan=None):
     """Saves all that it takes to resume after the last epoch of the history. Raises FloatingPointError where its loss is not finite."""
     if not math.isfinite(history[-1]["loss"]):
         before = f"; {folder / 'state.pt'} holds the epoch before" if history[:-1] else ""
-        raise FloatingPointError(f"{folder.name}: the loss was {history[-1]['loss']} in epoch {history[-1]['epoch']}{before}")
+        name = folder.name if folder.name != "search" else f"{folder.parent.name}, search"
+        raise FloatingPointError(f"{name}: the loss was {history[-1]['loss']} in epoch {history[-1]['epoch']}{before}")
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)
     files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))

@@ -31,5 +31,7 @@ def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits.append(model(x).float())
         labels.append(y)
+    if not labels:  # more processes than images
+        logits, labels = [torch.zeros(0, model.num_classes)], [torch.zeros(0, dtype=torch.int64)]
     logits, labels = processes.gather(torch.cat(logits)), processes.gather(torch.cat(labels))
     return {name: metric(logits, labels) for name, metric in METRICS.items()}

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pyra_lab import files, methods
+import pyra
+from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
 from pyra_lab.records import read_result, runs_folder
 from pyra_lab.training import check_run, prerequisites
@@ -71,14 +72,17 @@ def with_prerequisites(configs):
 # ---- What a process needs to know ------------------------------------------------------------------------------------
 
 
+TABLES = {"METHODS": methods.METHODS, "PEFTS": methods.PEFTS, "METRICS": evaluation.METRICS, "SIZES": pyra.SIZES,
+          "BACKBONES": backbones.BACKBONES, "MODULATION_LRS": backbones.MODULATION_LRS}
+BUILT_IN = {table: dict(rows) for table, rows in TABLES.items()}
+
+
 def dump_rows(folder):
-    """Writes the rows of METHODS and PEFTS that were added or changed to a file in the folder. Returns its path, or None without such rows.
+    """Writes the rows that were added to one of the TABLES, or changed, to a file in the folder. Returns its path, or None without such rows.
 
     Functions are written by value where they can't be imported: lambdas, a notebook's, a script's. Raises ValueError.
     """
-    added = {}
-    for table, rows in (("METHODS", methods.METHODS), ("PEFTS", methods.PEFTS)):
-        added[table] = {name: row for name, row in rows.items() if methods.BUILT_IN[table].get(name) is not row}
+    added = {table: {name: row for name, row in rows.items() if BUILT_IN[table].get(name) is not row} for table, rows in TABLES.items()}
     if not any(added.values()):
         return None
     import cloudpickle
@@ -86,7 +90,7 @@ def dump_rows(folder):
     try:
         content = cloudpickle.dumps(added)
     except Exception as error:  # whatever the user's objects raise
-        raise ValueError(f"the rows added to METHODS or PEFTS can't be sent to other processes: {files.first_line(error)}") from error
+        raise ValueError(f"the rows added to {', '.join(table for table in added if added[table])} can't be sent to other processes: {files.first_line(error)}") from error
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:10]}.pkl"
     files.write_atomically(path, lambda partial: partial.write_bytes(content))
@@ -94,15 +98,15 @@ def dump_rows(folder):
 
 
 def load_rows(path):
-    """Adds the rows that dump_rows wrote to METHODS and PEFTS. Raises ValueError."""
+    """Adds the rows that dump_rows wrote to their tables. Raises ValueError."""
     import cloudpickle
 
     try:
         added = cloudpickle.loads(Path(path).read_bytes())
     except Exception as error:
-        raise ValueError(f"the rows of METHODS and PEFTS in {path} can't be loaded: {files.first_line(error)}") from error
-    methods.METHODS.update(added["METHODS"])
-    methods.PEFTS.update(added["PEFTS"])
+        raise ValueError(f"the rows in {path} can't be loaded: {files.first_line(error)}") from error
+    for table, rows in added.items():
+        TABLES[table].update(rows)
 
 
 def worker_environment(runs):

@@ -46,6 +46,7 @@ class Bench(NamedTuple):
     backbone: Callable  # () -> the pre-trained backbone, on the CPU
     adapted: Callable  # () -> the same with the PEFT
     train: Callable  # (model, epochs) trains as the run would, and resumes where it was interrupted
+    progress: bool  # whether to show a bar
 
 
 class Peft(NamedTuple):
@@ -103,9 +104,8 @@ PEFTS = {
     "snf": Peft("SNF", "flows on the shortcuts", lambda model, config: snf.add_snf(model), frozenset()),
     "full": Peft("full", "the whole backbone, as MAE fine-tunes it", train_all, frozenset({"layer_decay"}), trains_backbone=True),
 }
-BUILT_IN = {"METHODS": dict(METHODS), "PEFTS": dict(PEFTS)}
-# A method's or a PEFT's own fields: all the others matter to every run.
-OPTIONAL = frozenset().union(*(row.uses for table in BUILT_IN.values() for row in table.values()))
+# The fields of Config that only some methods or PEFTS use. All others matter to every run.
+OPTIONAL = frozenset().union(*(row.uses for row in (*METHODS.values(), *PEFTS.values())))
 
 
 def call_add(row, model, *arguments):

@@ -104,7 +104,7 @@ def random_keep(model, flops_ratio, generator):
 
 
 @pyra.on_model
-def search_pruning(model, flops_ratio, score, candidates=20, seed=0):
+def search_pruning(model, flops_ratio, score, candidates=20, seed=0, progress=True):
     """RaP, "Revisiting random channel pruning" (Li et al., CVPR 2022), for a ViT: the best of `candidates` random prunings.
 
     flops_ratio: F/f, the model's MACs over the pruned one's, met within 1 %. score(pruned) -> a number, the lower the better,
@@ -119,7 +119,7 @@ def search_pruning(model, flops_ratio, score, candidates=20, seed=0):
     pyra.check_integer("candidates", candidates)
     generator = torch.Generator().manual_seed(seed)
     best, best_score = None, math.inf
-    for _ in tqdm(range(candidates), desc="scoring prunings", leave=False, delay=2):
+    for _ in tqdm(range(candidates), desc="scoring prunings", leave=False, delay=2, disable=not progress):
         keep = random_keep(model, flops_ratio, generator)
         value = torch.as_tensor(score(prune_channels(copy.deepcopy(model), keep))).item()
         if value < best_score:  # never true of nan
@@ -160,4 +160,4 @@ def plan(config, bench):
         pruned.eval().to(bench.device)
         return probe_loss(*bench.apply(features, "train800"), *bench.apply(features, "val200"), bench.num_classes)
 
-    return search_pruning(model, pyra.count_macs(model) / budget.target_macs(config, model), score, seed=config.seed)
+    return search_pruning(model, pyra.count_macs(model) / budget.target_macs(config, model), score, seed=config.seed, progress=bench.progress)

@@ -75,7 +75,8 @@ def teacher_logits(config, source, runs, device, progress):
 
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
-    config, folder = Config(**{**result.config, "device": None}), Path(result.folder)  # the run's device need not be here
+    folder, known = Path(result.folder), {f.name for f in dataclasses.fields(Config)}  # a newer version's config may have other fields
+    config = Config(**{name: value for name, value in {**result.config, "device": None}.items() if name in known})  # its device need not be here
     return pyra.load_adapter(build_model(config, result.num_classes, result.plan), folder / "adapter.safetensors").eval()
 
 
@@ -200,7 +201,7 @@ def make_plan(config, source, data, device, folder, among, progress):
         apply=lambda function, split: batches.predict_split(function, source.load, split, size, config.norm, dtype, device),
         backbone=lambda: backbones.load_backbone(config, num_classes),
         adapted=lambda: methods.adapt(backbones.load_backbone(config, num_classes), config),
-        train=train_search,
+        train=train_search, progress=progress,
     )
     if among.first and not file.is_file():
         plan = METHODS[config.method].plan(config, bench)

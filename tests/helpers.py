@@ -1,5 +1,6 @@
 """The small, random models and tasks that several test files share."""
 
+import inspect
 import contextlib
 import os
 import subprocess
@@ -247,3 +248,29 @@ def watch_batches():
         yield seen
     finally:
         handle.remove()
+
+
+def rows(names, values):
+    """Like pytest.mark.parametrize, but one test for all rows, as tables of refusals want it. Says which row fails; each has a tmp_path of its own."""
+    names = [name.strip() for name in names.split(",")]
+
+    def decorate(test):
+        fixtures = [name for name in inspect.signature(test).parameters if name not in names]
+
+        def run(**given):
+            for number, row in enumerate(values):
+                own = dict(zip(names, row if len(names) > 1 else [row]))
+                if "tmp_path" in given:
+                    own["tmp_path"] = given["tmp_path"] / str(number)
+                    own["tmp_path"].mkdir()
+                try:
+                    test(**{**given, **own})
+                except BaseException as error:
+                    error.add_note(f"in row {number}: {row}")
+                    raise
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        run.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in fixtures])
+        return run
+
+    return decorate

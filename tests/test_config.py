@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+from helpers import rows
 import torch
 
 from pyra_lab import backbones, config
@@ -19,7 +20,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(lr="1e-3"), "lr must be of type float, not '1e-3'"),
     (dict(compile=1), "compile must be of type bool, not 1"),
     (dict(backbone="vit_tiny_patch16_224.mae"), "backbone must be one of vit_nano_patch4_56, "),
-    (dict(method="diffrate_search"), "method must be one of plain, tome, pyra, evit, tofu, ats, ltmp, diffrate, rap, not 'diffrate_search'"),
+    (dict(method="diffrate_search"), "method must be one of plain, tome, pyra, "),
     (dict(train_split="train"), "train_split must be one of train800, val200, train800val200, test, not 'train'"),
     (dict(rate="mid", method="plain"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
     (dict(rate=math.nan), "must be a finite number greater than 1, not nan"),
@@ -41,7 +42,7 @@ REFUSED = [  # fields, what the sentence says
 ]
 
 
-@pytest.mark.parametrize("fields, sentence", REFUSED, ids=[",".join(f"{k}={v}" for k, v in fields.items()) for fields, _ in REFUSED])
+@rows("fields, sentence", REFUSED)
 def test_refused_in_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)) as error:
         Config(**{"epochs": 3, **fields})

@@ -276,7 +276,7 @@ def test_rows_that_cannot_be_sent_or_loaded(tmp_path, monkeypatch):
     assert grid.dump_rows(tmp_path) is None
     unsendable = threading.Lock()
     monkeypatch.setitem(methods.METHODS, "tome", methods.METHODS["tome"]._replace(add=unsendable))  # a changed row is sent, too
-    with pytest.raises(ValueError, match="the rows added to METHODS or PEFTS can't be sent to other processes"):
+    with pytest.raises(ValueError, match="the rows added to METHODS can't be sent to other processes"):
         grid.dump_rows(tmp_path)
     (tmp_path / "rows.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match="rows.pkl can't be loaded"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONE, ONE_STEP, R, ROOT, batch, tiny, trained
+from helpers import BACKBONE, ONE_STEP, R, ROOT, batch, rows, tiny, trained
 from safetensors.torch import load_file
 
 import pyra
@@ -105,7 +105,7 @@ def test_a_method_without_plan_or_dial_meets_its_budget_as_it_is_built(method):
     assert pyra.count_macs(model) == pytest.approx(budget.target_macs(c, model), rel=0.05)
 
 
-@pytest.mark.parametrize("method, peft", CASES)
+@rows("method, peft", CASES)
 def test_fields_that_a_row_does_not_use_are_reset(method, peft):
     """And so don't tell one run from another; those that method or PEFT use do."""
     uses = METHODS[method].uses | PEFTS[peft].uses
@@ -128,7 +128,7 @@ class Recorder:
         return getattr(self.c, name)
 
 
-@pytest.mark.parametrize("method, peft", CASES)
+@rows("method, peft", CASES)
 def test_a_row_uses_the_fields_that_it_reads(method, peft):
     """Else a run would be trained with another value than its Config has. The rate is the budget's too, and two fields are the optimizer's."""
     c, elsewhere = small_config(method, peft).resolved(), {"rate", "modulation_lr", "layer_decay"}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import R, TINY, batch, count_flops, numbers, on_meta, randomise, tiny, trained
+from helpers import R, TINY, batch, count_flops, numbers, on_meta, randomise, rows, tiny, trained
 from safetensors.torch import save_file
 
 import pyra
@@ -142,7 +142,7 @@ def test_a_model_takes_one_peft(peft):
     assert list(model.state_dict()) == names and torch.equal(model(batch()), logits)
 
 
-@pytest.mark.parametrize("call, message", [
+@rows("call, message", [
     (lambda model: adapter.add_adapter(model, dim=0), "dim must be a positive integer, not 0"),
     (lambda model: adapter.add_adapter(model, dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
     (lambda model: convpass.add_convpass(model, dim=True), "dim must be a positive integer, not True"),

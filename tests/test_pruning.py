@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import R, TINY, batch, count_flops, numbers, on_meta, randomise, tiny, trained
+from helpers import R, TINY, batch, count_flops, numbers, on_meta, randomise, rows, tiny, trained
 
 import pyra
 from pyra_lab import pruning
@@ -164,7 +164,7 @@ def test_pruned_models_take_lora():
     torch.testing.assert_close(pyra.merge_lora(model)(batch()), logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("call, message", [
+@rows("call, message", [
     (lambda model: pruning.prune_channels(model, [(1, 1)] * 2), r"keep must be a list with one \(heads, units\) for each of the 3 blocks"),
     (lambda model: pruning.prune_channels(model, [(1, 1), (1, 1), (0, 1)]), r"block 2: .* must be integers from \(1, 1\) to \(3, 48\), not \(0, 1\)"),
     (lambda model: pruning.prune_channels(model, [(1, 1), (1, 49), (1, 1)]), r"block 1: .* not \(1, 49\)"),

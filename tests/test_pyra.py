@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HIGH, R, SHARED, TINY, batch, count_flops, on_meta, randomise, tiny, trained
+from helpers import HIGH, R, SHARED, TINY, batch, count_flops, on_meta, randomise, rows, tiny, trained
 from safetensors.torch import load_file, save_file
 
 import pyra
@@ -166,7 +166,7 @@ def naive_merge(x, size, source, metric, r, specials, w_r=None, w_d=None):
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3], ids=["tome", "s1", "s3"])
-@pytest.mark.parametrize("n, rs, specials", [(4, [1], 1), (9, [1], 2), (10, [4], 1), (12, [5, 2], 2), (17, [7], 2), (18, [5, 4, 3], 1)])
+@rows("n, rs, specials", [(4, [1], 1), (9, [1], 2), (10, [4], 1), (12, [5, 2], 2), (17, [7], 2), (18, [5, 4, 3], 1)])
 def test_merge_is_the_naive_loop(n, rs, specials, rank):
     """Matching, modulation, merging, sizes and sources of several blocks in a row, against per-image loops."""
     torch.manual_seed(n)
@@ -189,7 +189,7 @@ def test_merge_is_the_naive_loop(n, rs, specials, rank):
             torch.testing.assert_close((tokens.x * tokens.size).sum(1), total, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n, specials, most", [(2, 1, 0), (3, 1, 1), (4, 1, 1), (3, 2, 0), (5, 2, 1), (6, 2, 2), (197, 1, 98), (198, 2, 98)])
+@rows("n, specials, most", [(2, 1, 0), (3, 1, 1), (4, 1, 1), (3, 2, 0), (5, 2, 1), (6, 2, 2), (197, 1, 98), (198, 2, 98)])
 def test_most_merges(n, specials, most):
     """The most pairs that can merge do merge, and no more: a pair with a special token isn't counted."""
     assert pyra.most_merges(n, specials) == most
@@ -317,7 +317,7 @@ def test_generators_start_in_range(s):
     assert not reducer.w_d.any()
 
 
-@pytest.mark.parametrize("name, r, s, numbers", [
+@rows("name, r, s, numbers", [
     ("vit_base_patch16_224", pyra.merge_schedule("high"), 1, 9408),
     ("vit_base_patch16_224", pyra.merge_schedule("low"), 1, 9402),
     ("vit_base_patch16_224", pyra.merge_schedule("high"), 4, 4 * 9408),
@@ -465,7 +465,7 @@ def test_paper_schedules():
     assert len(pyra.merge_schedule("high")) == 12
 
 
-@pytest.mark.parametrize("name, rate, ladder", [
+@rows("name, rate, ladder", [
     ("vit_base_patch16_224", "high", [197, 157, 123, 93, 69, 51, 37, 27, 19, 15, 11, 8, 5]),
     ("vit_base_patch16_224", "low", [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
     ("vit_nano_patch4_56", "high", [197, 157, 123, 93, 69, 51, 37, 27, 19, 15, 11, 8, 5]),
@@ -626,7 +626,7 @@ def test_timm_agrees(kwargs):
         assert same(model.forward_tokens(images).x, oracle.blocks(oracle._pos_embed(oracle.patch_embed(images))))
 
 
-@pytest.mark.parametrize("name", [name for name in pyra.SIZES if name != "vit_nano_patch4_56"])
+@rows("name", [name for name in pyra.SIZES if name != "vit_nano_patch4_56"])
 def test_timm_sizes(name):
     """Each name means what it means in timm."""
     timm = pytest.importorskip("timm", reason="timm, the oracle, isn't installed")
@@ -785,7 +785,7 @@ def test_load_pretrained_into_an_adapted_model(tmp_path):
     assert all(torch.equal(after[k], weights.get(k, before[k])) for k in after)
 
 
-@pytest.mark.parametrize("break_it, message", [
+@rows("break_it, message", [
     (lambda w: [w.pop("blocks.1.norm1.weight"), w.pop("cls_token")], r"lacks cls_token, blocks\.1\.norm1\.weight"),
     (lambda w: w.pop("norm.bias"), r"lacks norm\.bias$"),
     (lambda w: w.update(extra=torch.ones(2), other=torch.ones(1)), r"has the unexpected extra, other$"),
@@ -1120,7 +1120,7 @@ def test_adapter_of_a_bf16_backbone(tmp_path):
     assert equal(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("other, message", [
+@rows("other, message", [
     (lambda: adapted(seed=9), "another backbone"),
     (lambda: nudged(), "another backbone"),
     (lambda: adapted(num_classes=6), "its num_classes is 5, the model's 6"),
@@ -1352,7 +1352,7 @@ def test_models_in_bfloat16(s):
 # Refusals: one sentence each
 
 
-@pytest.mark.parametrize("call, message", [
+@rows("call, message", [
     (lambda: pyra.solve_schedule(0), "depth must be a positive integer, not 0"),
     (lambda: pyra.solve_schedule(12, tokens="196"), "tokens must be a positive integer, not '196'"),
     (lambda: pyra.solve_schedule(12, remaining=-1), "remaining must be an integer of at least 0, not -1"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import R, TINY, batch, numbers, on_meta, randomise, tiny, trained
+from helpers import R, TINY, batch, numbers, on_meta, randomise, rows, tiny, trained
 from safetensors.torch import save_file
 
 import pyra
@@ -202,7 +202,7 @@ def test_compile(reducer):
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(batch()), model(batch()))
 
 
-@pytest.mark.parametrize("one, other", [
+@rows("one, other", [
     (lambda model: evit.add_evit(model, 0.7, [1]), lambda model: evit.add_evit(model, 0.6, [1])),
     (lambda model: evit.add_evit(model, 0.7, [1]), lambda model: evit.add_evit(model, 0.7, [2])),
     (lambda model: tofu.add_tofu(model, 3), lambda model: pyra.add_tome(model, 3)),
@@ -238,7 +238,7 @@ def test_another_reducer_takes_its_place(reducer):
     assert all(block.attn.attend is pyra.attend and block.prop_attn for block in model.blocks)
 
 
-@pytest.mark.parametrize("call, message", [
+@rows("call, message", [
     (lambda model: evit.add_evit(model, 0), "keep_rate must be greater than 0 and at most 1, not 0"),
     (lambda model: evit.add_evit(model, 1.1), "keep_rate must be greater than 0 and at most 1, not 1.1"),
     (lambda model: evit.add_evit(model, 0.5, [1, 1]), r"layers must be a list of different blocks from 0 to 2, not \[1, 1\]"),

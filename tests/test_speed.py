@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import HIGH
+from helpers import HIGH, rows
 
 import pyra
 from pyra_lab import speed
@@ -107,7 +107,7 @@ def test_images_to_time(task):
 
 @pytest.mark.parametrize("changes, sentence", [
     (dict(dtype="float16"), "dtype must be one of float32, bfloat16, not 'float16'"), (dict(batch_size=2.0), "batch_size and rounds must be at least 1"),
-    (dict(compile="fast"), "compile must be one of None, default"), (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>"),
+    (dict(compile="fast"), "compile must be one of None, default"), (dict(device="tpu"), "device must be cpu, cuda, cuda:<number> or mps"),
 ])
 def test_benchmark_refuses(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -179,13 +179,13 @@ def test_fit_schedule_meets_what_is_measured(machine, asked):
     assert pyra.describe(model) == before and len(machine) <= 5
 
 
-@pytest.mark.parametrize("asked, sentence", [
+@rows("asked, sentence", [
     (dict(speedup=2, tries=0), "tries must be at least 1 and tolerance greater"), (dict(speedup=2, batch_size=0), "batch_size and rounds must be at least 1"),
     (dict(speedup=2, images_per_second=3), "one of speedup and images_per_second"), (dict(speedup="fast"), "one of speedup"),
     (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"), (dict(images_per_second=99), "must be greater than the 100 images/s of the model without merging, not 99"),
     (dict(speedup=50), r"target 50x is unreachable: it needs 50x fewer MACs, and merging gives at most 8\.\d+x"),
     (dict(images_per_second=5000), "target 5000 images/s is unreachable: it needs 50x fewer MACs"),
-], ids=str)
+])
 def test_fit_schedule_refuses(machine, asked, sentence):
     with pytest.raises(ValueError, match=sentence):
         speed.fit_schedule(nano(), **asked)
