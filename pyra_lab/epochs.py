@@ -162,12 +162,16 @@ def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, 
         yield dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - began)
 
 
-def save(folder, model, optimizer, history, plan=None):
-    """Saves all that it takes to resume after the last epoch of the history. Raises FloatingPointError where its loss is not finite."""
-    if not math.isfinite(history[-1]["loss"]):
-        before = f"; {folder / 'state.pt'} holds the epoch before" if history[:-1] else ""
+def check_loss(entry, folder):
+    """Raises FloatingPointError where the loss of an epoch is not finite: then that epoch is not saved."""
+    if not math.isfinite(entry["loss"]):
         name = folder.name if folder.name != "search" else f"{folder.parent.name}, search"
-        raise FloatingPointError(f"{name}: the loss was {history[-1]['loss']} in epoch {history[-1]['epoch']}{before}")
+        before = f"; {folder / 'state.pt'} holds the epoch before" if entry["epoch"] else ""
+        raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch']}{before}")
+
+
+def save(folder, model, optimizer, history, plan=None):
+    """Saves all that it takes to resume after the last epoch of the history."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)
     files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))

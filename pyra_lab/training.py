@@ -24,7 +24,7 @@ from tqdm import tqdm
 import pyra
 from pyra_lab import backbones, batches, budget, files, methods, processes, tasks
 from pyra_lab.config import DTYPES, Config, check_device
-from pyra_lab.epochs import cut_epoch, prepare, read_state, save, train
+from pyra_lab.epochs import check_loss, cut_epoch, prepare, read_state, save, train
 from pyra_lab.evaluation import evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
@@ -193,6 +193,7 @@ def make_plan(config, source, data, device, folder, among, progress):
         search.mkdir(exist_ok=True)
         optimizer, history = prepare(model.to(device), config, read_state(search / "state.pt"))
         for entry in train(model, optimizer, config, data, num_classes, epochs, 0, len(history), progress=progress):
+            check_loss(entry, search)
             history.append(entry)
             save(search, model, optimizer, history)
 
@@ -225,6 +226,7 @@ def finish(config, model, plan, task, data, folder, state, among, progress):
     metrics = None
     bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not progress or not among.first, leave=False)
     for entry in train(model, optimizer, config, data, task.num_classes, epochs, warmup, len(history), among, progress):
+        check_loss(entry, folder)
         last = entry["epoch"] + 1 == epochs
         if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
             plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, among.broadcast)
