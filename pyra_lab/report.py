@@ -7,6 +7,7 @@ import ast
 import difflib
 import itertools
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 
@@ -134,35 +135,36 @@ def use_style():
     """Figures as all notebooks have them."""
     import matplotlib
     matplotlib.rcParams.update({
-        "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.1, "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.1, "font.size": 8, "axes.titlesize": 9,
+        "axes.spines.top": False, "axes.spines.right": False,
         "axes.prop_cycle": matplotlib.cycler(color=[*COLOURS.values(), *PALETTE]), "legend.frameon": False, "lines.linewidth": 1.2, "lines.markersize": 4.5,
     })
 
 
 def label_points(ax, points, fontsize=7.5):
-    """Writes each label of (x, y, text, colour) beside its point where there is room, with a thin line where it has to stand further away.
+    """Writes each label of (x, y, text, colour) beside its point, clear of other labels, points and lines where there is room.
 
-    Call it last: it needs the final limits of the axes.
+    A thin line connects a label that has to stand further away. Call it last: it needs the final limits of the axes.
     """
     from matplotlib.transforms import Bbox
     ax.figure.draw_without_rendering()  # settles the layout
     frame, pixels = ax.get_window_extent(), ax.figure.dpi / 72
     marks = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [Bbox.from_extents(u - 3 * pixels, v - 3 * pixels, u + 3 * pixels, v + 3 * pixels) for u, v in marks]
+    paths = [line.get_transform().transform_path(line.get_path()).interpolated(20).vertices for line in ax.lines]
+    drawn = np.concatenate([np.empty((0, 2)), *paths])
     directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 0.7), (1, -0.7), (-1, 0.7), (-1, -0.7)]
     for (x, y, text, ink), (u, v) in sorted(zip(points, marks), key=lambda entry: -entry[1][1]):
         label = ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 0), color=ink, fontsize=fontsize, va="center", ha="center")
         box = label.get_window_extent()
-        best = None
+        places = []
         for reach, (right, up) in itertools.product((5, 11, 18, 26, 36, 48), directions):
             shift = right * (box.width / 2 + reach * pixels), up * (reach * pixels + (box.height / 2 if not right else 0))
             place = box.translated(*shift)
-            overlaps = sum(place.overlaps(other) for other in taken)
             outside = sum((place.x0 < frame.x0, place.x1 > frame.x1 + 4 * pixels, place.y0 < frame.y0, place.y1 > frame.y1))
-            cost = (overlaps + outside, reach)
-            if best is None or cost < best[0]:
-                best = cost, shift, place, reach
-        _, shift, place, reach = best
+            crossed = ((drawn > place.min) & (drawn < place.max)).all(axis=1).any()
+            places.append((outside + sum(place.overlaps(other) for other in taken), crossed, reach, shift, place))
+        _, _, reach, shift, place = min(places, key=lambda found: found[:3])
         label.set_position((shift[0] / pixels, shift[1] / pixels))
         label.set_in_layout(False)
         taken.append(place)
