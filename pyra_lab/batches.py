@@ -5,6 +5,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from pyra_lab import files, tasks
+from pyra_lab.devices import autocast
 from pyra_lab.images import NORMS, normalize
 
 
@@ -18,7 +19,7 @@ def in_batches(images, labels, norm, device=None, batch_size=128):
 def predict_split(function, load, split, img_size, norm, dtype, device):
     """Applies a function of normalised images to all images of a split. Returns its outputs (n, ...) float32 and the labels (n,), on the device."""
     x, labels = load(split, img_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(device, dtype):
         return torch.cat([function(batch).float() for batch, _ in in_batches(x, labels, norm, device)]), labels.to(device)
 
 

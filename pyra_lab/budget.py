@@ -10,6 +10,7 @@ from typing import Callable, NamedTuple
 import torch
 
 import pyra
+from pyra_lab.devices import autocast
 
 
 def schedule(config, model):
@@ -78,7 +79,7 @@ def count_tokens(model, batches, dtype=torch.float32):
     model.eval()
     counts = []
     for x in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(x.device, dtype):
             counts.append(forward_counted(model, x)[1])
     return torch.cat(counts, dim=1)
 
@@ -97,7 +98,7 @@ def mean_macs(model, counts):
 
 
 def budget_loss(model, counts, macs):
-    """What to add to the loss so that the model costs `macs`: weight ((MACs of counts - macs) / MACs of all blocks, plain)^2.
+    """The loss that brings the model to `macs`: weight ((MACs of counts - macs) / MACs of all blocks of the plain model)^2.
 
     counts: (depth + 1, b) of `forward_counted`; the mean over the batch counts. weight: the reducers' budget_weight.
     Raises ValueError.

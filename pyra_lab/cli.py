@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 import pyra
 from pyra_lab import files, grid, speed, vtab
-from pyra_lab.config import DTYPES, parse, read_value
+from pyra_lab.config import parse, read_value
+from pyra_lab.devices import DTYPES
 from pyra_lab.records import runs_folder
 from pyra_lab.training import run
 

@@ -7,20 +7,22 @@ import json
 import math
 import os
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import pyra
 from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED
+from pyra_lab.devices import (
+    DTYPES,
+    check_device_name,
+    default_device,
+    has_fast_bfloat16,
+)
 from pyra_lab.images import NORMS
-from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 from pyra_lab.layouts import SPLITS
+from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 from pyra_lab.vtab import ALIASES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUGMENTS = ("none", "mae")
 
 
@@ -80,10 +82,13 @@ class Config:
     def resolved(self):
         """The same config with each None replaced by what it stands for, and each field that does not matter to its method and PEFT by the default.
 
-        So a plain run is found again whatever the rate, and a ToMe run whatever s and modulation_lr.
+        So a plain run is found again whatever the rate, and a ToMe run whatever s and modulation_lr. Raises ValueError.
         """
-        known, peft = BACKBONES[self.backbone], PEFTS[self.peft]
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        known, method, peft = BACKBONES[self.backbone], METHODS[self.method], PEFTS[self.peft]
+        for row in (method, peft):
+            if unknown := row.uses - OPTIONAL:
+                raise ValueError(f"{row.title} uses {', '.join(sorted(unknown))}: uses may name {', '.join(sorted(OPTIONAL))}")
+        device = self.device or default_device()
         task = ALIASES.get(self.task, self.task)
         defaults = dict(
             weights=known["weights"], norm=known["norm"], lora_rank=known["lora_rank"], batch_size=known["batch_size"],
@@ -94,7 +99,7 @@ class Config:
         if peft.defaults is not None:
             defaults |= peft.defaults(task)
         values = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        unused = OPTIONAL - METHODS[self.method].uses - peft.uses
+        unused = OPTIONAL - method.uses - peft.uses
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         values["task"] = task
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
@@ -170,7 +175,7 @@ def check_combinations(config):
     if config.second_epochs is not None and (not method.second_stage or peft.trains_backbone):
         supported = ", ".join(name for name, row in METHODS.items() if row.second_stage)
         raise ValueError(f"two-stage training (second_epochs) supports {supported} with a PEFT, not method {config.method} with peft {config.peft}")
-    if method.prunes and peft.trains_backbone:
+    if method.before_peft and peft.trains_backbone:
         raise ValueError(f"method {config.method} prunes a frozen backbone, and peft {config.peft} would train it")
     if streamed and (method.in_memory or config.teacher):
         raise ValueError(f"{'a teacher' if config.teacher else f'method {config.method}'} needs the images in memory, and {config.task} is read from its files")
@@ -178,34 +183,6 @@ def check_combinations(config):
         raise ValueError("teacher_weights were given, but no teacher")
     if config.augment != "none" and not streamed:
         raise ValueError(f"augment {config.augment} is for stream:/path tasks, whose files are read again in each epoch, not for {config.task}")
-
-
-def check_device_name(device):
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
-        raise ValueError(f"device must be cpu, cuda, cuda:<number> or mps, not {device!r}")
-
-
-def check_device(device):
-    """Raises ValueError unless device is None or one of this machine."""
-    check_device_name(device)
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps was requested, but PyTorch finds no Apple GPU here")
-    if device == "mps":
-        warnings.warn("device mps is untested: results are not reproducible bit for bit there, and peak memory is not recorded", stacklevel=3)
-    if (device or "").startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device} was requested, but PyTorch finds no CUDA device here")
-        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device {device} was requested, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
-
-
-def has_fast_bfloat16(device):
-    """Whether matrix products in bf16 are faster there than in fp32. On Apple's GPUs (mps) this is not measured: float32 is the default."""
-    if device == "mps":
-        return False
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # ---- Command line <-> Config -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import pyra
 from pyra_lab import batches, budget, files
-from pyra_lab.config import DTYPES
+from pyra_lab.devices import DTYPES, autocast
 from pyra_lab.distillation import distillation_loss
 from pyra_lab.methods import PEFTS
 from pyra_lab.processes import ALONE
@@ -40,7 +40,7 @@ def make_optimizer(model, config):
 
 
 def cast_frozen(model, dtype):
-    """What is frozen needs no float32 copy; what is trained keeps one."""
+    """Casts the frozen parameters to dtype, in place: they need no float32 copy. Returns the model."""
     for p in model.parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
@@ -70,7 +70,7 @@ def make_loss(model, config, num_classes):
     def loss_of(x, y, teacher):
         if mix:
             x, y = mix(x, y)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(x.device, dtype):
             logits, counts = forward(x) if counted else (forward(x), None)
         if teacher is None:
             loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 if mix else 0.0)
@@ -96,19 +96,19 @@ def cut_epoch(config, n, world):
     return Steps(batch, n // batch, math.ceil(batch // world / (config.micro_batch or batch)))
 
 
-def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps):
+def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, processes, steps):
     """One epoch. set_lr: (step) sets the learning rates. Returns the mean loss and the accuracy on the training images."""
     model.train()
     device, trained = model.pos_embed.device, [p for p in model.parameters() if p.requires_grad]
     after_step = [block.reducer.after_step for block in model.blocks if hasattr(block.reducer, "after_step")]
-    chunks = data.train(seed, batches.chunks_of_epoch(data.n, cut.batch, cut.parts, seed, among.rank, among.world))
+    chunks = data.train(seed, batches.chunks_of_epoch(data.n, cut.batch, cut.parts, seed, processes.rank, processes.world))
     total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     for step in steps:
         set_lr(step)
         for part in range(cut.parts):
             x, y, teacher = next(chunks)
             # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
-            torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + among.rank * cut.parts + part) % 2**63)
+            torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + processes.rank * cut.parts + part) % 2**63)
             loss, logits, y = loss_of(x, y, teacher)
             loss = loss * (len(x) / cut.batch)
             loss.backward()
@@ -116,16 +116,16 @@ def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps
             correct += (logits.argmax(dim=1) == y).sum()
         for p in trained:
             if p.grad is not None:
-                among.sum(p.grad)
+                processes.sum(p.grad)
         optimizer.step()
         optimizer.zero_grad()
         for call in after_step:
             call()
-    loss, correct = among.sum(torch.stack([total_loss, correct])).tolist()  # waits for the device
+    loss, correct = processes.sum(torch.stack([total_loss, correct])).tolist()  # waits for the device
     return loss / cut.steps, correct / cut.steps / cut.batch
 
 
-def prepare(model, config, state):
+def prepare_training(model, config, state):
     """The optimizer and the history of a model that is about to be trained; all three as they were saved, where a state is given."""
     optimizer, history = make_optimizer(cast_frozen(model, DTYPES[config.dtype]), config), []
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -142,23 +142,23 @@ def prepare(model, config, state):
     return optimizer, history
 
 
-def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, among=ALONE, progress=True):
+def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, processes=ALONE, progress=True):
     """Trains from epoch `start` on. Yields an entry of the history after each epoch.
 
     What is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no generator's state.
     """
-    loss_of, cut = make_loss(model, config, num_classes), cut_epoch(config, data.n, among.world)
+    loss_of, cut = make_loss(model, config, num_classes), cut_epoch(config, data.n, processes.world)
     fine_tuned = PEFTS[config.peft].trains_backbone
     for epoch in range(start, epochs):
         began, seed = time.perf_counter(), config.seed * 100_003 + epoch
-        steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not among.first, leave=False, delay=30)
+        steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not processes.first, leave=False, delay=30)
 
         def set_lr(step):
             factor = mae_lr_factor(epoch + step / cut.steps, warmup, epochs) if fine_tuned else lr_factor(epoch, warmup, epochs)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
 
-        loss, accuracy = train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, among, steps)
+        loss, accuracy = train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, processes, steps)
         yield dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - began)
 
 
@@ -170,7 +170,7 @@ def check_loss(entry, folder):
         raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch']}{before}")
 
 
-def save(folder, model, optimizer, history, plan=None):
+def save_state(folder, model, optimizer, history, plan=None):
     """Saves all that it takes to resume after the last epoch of the history."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)

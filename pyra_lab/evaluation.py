@@ -1,7 +1,10 @@
-"""What a model is judged by: METRICS, one function each of logits and labels."""
+"""Metrics: METRICS has a row for each, a function of logits and labels."""
+
+import json
 
 import torch
 
+from pyra_lab.devices import autocast
 from pyra_lab.processes import ALONE
 
 
@@ -18,8 +21,21 @@ def accuracy_per_class(logits, labels):
     return [hit / count if count else None for hit, count in zip(hits.tolist(), images.tolist())]
 
 
-# name -> function(logits (n, classes) float32, labels (n,) int64) -> a number or a list, as JSON. Numbers are logged in each evaluation.
+# name -> function(logits (n, classes) float32, labels (n,) int64, on the CPU) -> a number or a list, as JSON. Numbers are logged in each evaluation.
 METRICS = {"accuracy": accuracy, "accuracy_per_class": accuracy_per_class}
+HISTORY = ("epoch", "lr", "loss", "train_accuracy", "seconds")  # what a run logs besides: no metric may have one of these names
+
+
+def check_metrics():
+    """Tries METRICS on random logits, so that a mistake in one shows before a run. Raises ValueError."""
+    logits, labels = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    for name, metric in METRICS.items():
+        if name in HISTORY:
+            raise ValueError(f"a metric can't be called {name}: the history of a run has that name already")
+        try:
+            json.dumps(metric(logits, labels))
+        except Exception as error:  # whatever somebody's function raises
+            raise ValueError(f"metric {name} gives no number or list of numbers: {type(error).__name__}: {error}") from error
 
 
 @torch.inference_mode()
@@ -28,7 +44,7 @@ def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
     model.eval()
     logits, labels = [], []
     for x, y in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(x.device, dtype):
             logits.append(model(x).float())
         labels.append(y)
     if not labels:  # more processes than images

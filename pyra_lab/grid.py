@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import cloudpickle
 import torch
 from tqdm import tqdm
 
@@ -85,8 +86,6 @@ def dump_rows(folder):
     added = {table: {name: row for name, row in rows.items() if BUILT_IN[table].get(name) is not row} for table, rows in TABLES.items()}
     if not any(added.values()):
         return None
-    import cloudpickle
-
     try:
         content = cloudpickle.dumps(added)
     except Exception as error:  # whatever the user's objects raise
@@ -99,8 +98,6 @@ def dump_rows(folder):
 
 def load_rows(path):
     """Adds the rows that dump_rows wrote to their tables. Raises ValueError."""
-    import cloudpickle
-
     try:
         added = cloudpickle.loads(Path(path).read_bytes())
     except Exception as error:
@@ -156,7 +153,7 @@ class Grid:
         tqdm.write(f"failed: {name}: {why}" + (f"; its log: {self.log(name)}" if self.log(name).is_file() else ""), file=sys.stderr)
 
 
-def prepare(configs, runs):
+def prepare_grid(configs, runs):
     """The Grid of the configs before anything runs; what check_run refuses has failed already."""
     grid = Grid(runs, {}, {}, [], {}, Counter(), {})
     for name, config in {config.id(): config for config in configs}.items():
@@ -294,9 +291,9 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     their runner (on Linux; elsewhere, after kill -9, they finish their run), and the same call continues from their last epochs.
     Raises ValueError.
     """
-    runs = runs_folder(runs)
+    configs, runs = list(configs), runs_folder(runs)
     environments = slot_environments(workers, runs)
-    grid = prepare(configs, runs)
+    grid = prepare_grid(configs, runs)
     work_off(grid, environments, progress)
     results = []
     for config in configs:
@@ -313,7 +310,9 @@ def run_grid(configs, workers=None, runs=None, progress=True):
 
 def write_slurm(configs, file, runs=None, max_running=None):
     """Writes a script for Slurm's sbatch that does what run_grid does: an array with one task per run, at most `max_running` at a time."""
-    runs = runs_folder(runs)
+    configs, runs = list(configs), runs_folder(runs)
+    if not configs:
+        raise ValueError("there are no configs: a Slurm array needs at least one run")
     lines = [shlex.join(arguments(config) or [f"--task={config.task}"]) for config in with_prerequisites(configs).values()]
     count = min(len(lines), 1000)  # Slurm's default limit is 1001: in a longer list a task does every thousandth run
     (runs / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its logs

@@ -94,7 +94,7 @@ def leads_back(link):
     return any(Path(os.path.realpath(folder)).is_relative_to(target) for folder in above)
 
 
-def scan(folder, left):
+def scan(folder, skipped):
     """Yields (path, whether it is a folder) of each image and sub-folder in a folder, as they come. Raises ValueError if it can't be listed.
 
     An image is a file whose suffix Pillow reads, or one without a suffix that begins as an image does.
@@ -113,34 +113,34 @@ def scan(folder, left):
                 is_folder = is_file = False
             if entry.name.startswith((".", "~$")) or entry.name.casefold() in SYSTEM:
                 if is_file and suffix in suffixes:
-                    left["hidden images", ""] += 1
+                    skipped["hidden images", ""] += 1
             elif is_folder and entry.is_symlink() and leads_back(entry.path):
-                left["links that lead back", ""] += 1
+                skipped["links that lead back", ""] += 1
             elif is_folder or (is_file and (suffix in suffixes or not suffix and images.is_image(entry.path))):
                 yield entry.path, is_folder
             elif is_file:
-                left["files that aren't images", suffix or "without a suffix"] += 1
+                skipped["files that aren't images", suffix or "without a suffix"] += 1
             else:
-                left["broken links" if entry.is_symlink() else "entries that are no files", ""] += 1
+                skipped["broken links" if entry.is_symlink() else "entries that are no files", ""] += 1
 
 
-def find_images(folder, left, seen):
+def find_images(folder, skipped, visited):
     """Yields the images in a folder and its sub-folders, as they come. Raises ValueError for a folder that links make part of two.
 
     seen: {real path: path} of the folders met so far, to which it adds.
     """
-    if (other := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+    if (other := visited.setdefault(os.path.realpath(folder), folder)) != folder:
         raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
-    for path, is_folder in scan(folder, left):
+    for path, is_folder in scan(folder, skipped):
         if is_folder:
-            yield from find_images(path, left, seen)
+            yield from find_images(path, skipped, visited)
         else:
             yield path
 
 
-def list_images(folder, left, seen):
+def list_images(folder, skipped, visited):
     """The images in a class's folder and its sub-folders, sorted; left and seen as in find_images. Raises ValueError if there are none, or parts."""
-    found = sorted(find_images(folder, left, seen), key=lambda path: path.split(os.sep))
+    found = sorted(find_images(folder, skipped, visited), key=lambda path: path.split(os.sep))
     if not found:
         raise ValueError(f"{folder} holds no images: no file in it is of a format that Pillow reads")
     for inner in sorted({os.path.dirname(path) for path in found} - {folder}):
@@ -161,24 +161,24 @@ def list_folders(folder):
     return dict(folders), len(entries) - len(folders)
 
 
-def note_outside(folder, loose, left):
+def note_outside(folder, loose, skipped):
     """Adds to `left` what lies beside class folders: `loose` images, and links that could have been class folders."""
     if loose:
-        left["images outside the class folders", ""] += loose
+        skipped["images outside the class folders", ""] += loose
     found = Counter()
     for _ in scan(folder, found):
         pass
-    left.update({key: count for key, count in found.items() if "links" in key[0]})
+    skipped.update({key: count for key, count in found.items() if "links" in key[0]})
 
 
-def describe_left(path, left):
+def describe_left(path, skipped):
     """One line that says what of a tree is left out, and why; None where nothing is."""
     why = {}
-    for (reason, which), count in sorted(left.items()):
+    for (reason, which), count in sorted(skipped.items()):
         why.setdefault(reason, []).append((which, count))
     reasons = [f"{reason} ({sum(count for _, count in found):,}{': ' + shorten([which for which, _ in found]) if found[0][0] else ''})"
                for reason, found in why.items()]
-    return f"{path}: {left.total():,} left out: {', '.join(reasons)}; see data/README.md" if reasons else None
+    return f"{path}: {skipped.total():,} left out: {', '.join(reasons)}; see data/README.md" if reasons else None
 
 
 # ---- Trees -----------------------------------------------------------------------------------------------------------
@@ -220,14 +220,14 @@ def enter(folder, stop=lambda name: False):
         folder = inner
 
 
-def list_classes(folder, left):
+def list_classes(folder, skipped):
     """The class folders in one part of a tree -> {class: folder}. Raises ValueError for fewer than two."""
     folder, folders, loose = enter(folder)
     if not folders:
         raise ValueError(f"{folder} has no sub-folders: a task is a tree with one folder per class")
     if len(folders) == 1:
         raise ValueError(f"{folder} holds one class, {next(iter(folders))}: a task is a tree with one folder for each of two classes or more")
-    note_outside(folder, loose, left)
+    note_outside(folder, loose, skipped)
     return folders
 
 
@@ -265,9 +265,9 @@ def match_classes(tree):
         if len({fold(name) for name in folders}) < len(folders):
             raise ValueError(f"{os.path.dirname(next(iter(folders.values())))} holds two folders of the same name in two Unicode forms: merge them")
         tree[part] = {name: folders[name] for name in tree[first]}
-    seen = {}
+    visited = {}
     for folder in (folder for folders in tree.values() for folder in folders.values()):
-        if (other := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+        if (other := visited.setdefault(os.path.realpath(folder), folder)) != folder:
             raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
     return tree
 
@@ -297,14 +297,14 @@ def find_tree(path, stream=False):
     around the classes of a part is entered. stream: parts are required, and test/ is ignored where there is val/. Raises ValueError for
     what can be read in two ways, and FileNotFoundError for a stream without parts.
     """
-    left = Counter()
+    skipped = Counter()
     base, folders, loose = enter(path, stop=find_part)
     parts = pick_parts(base, folders)
     tree = None if parts else find_parts_of_classes(base, folders)
     if stream and tree is None and ("train" not in parts or len(parts) == 1):
         raise FileNotFoundError(f"{path} must hold train/ and val/ (or valid/, validation/, test/), each with one folder per class")
     if parts or tree:
-        note_outside(base, loose, left)
+        note_outside(base, loose, skipped)
     if parts:
         names = [os.path.basename(folder) for folder in parts.values()]
         others = [name for name in folders if name not in names]
@@ -315,18 +315,18 @@ def find_tree(path, stream=False):
             raise ValueError(f"{base} has {names[0]}/ but neither val/ nor test/: add one, or point the task at {parts['train']}{hint}")
         if stream and "val" in parts:
             parts.pop("test", None)
-        left.update(("folders that are neither train, val nor test", name + "/") for name in others if holds_images(folders[name]))
-        tree = {part: list_classes(folder, left) for part, folder in parts.items()}
+        skipped.update(("folders that are neither train, val nor test", name + "/") for name in others if holds_images(folders[name]))
+        tree = {part: list_classes(folder, skipped) for part, folder in parts.items()}
     elif tree is None:
         alike = {name: PARTS[word] for name in folders for word in split_words(name) if word in PARTS}  # seg_train, seg_test
         if len(set(alike.values())) > 1:
             raise ValueError(f"{base} holds {shorten(list(alike))}: name them train/ and val/ or test/ if they are parts, or otherwise if they are classes")
-        tree = {"": list_classes(base, left)}
+        tree = {"": list_classes(base, skipped)}
     tree = match_classes(tree)
     for folders in tree.values():
         for folder in folders.values():
             check_level(folder)
-    return tree, left
+    return tree, skipped
 
 
 def split_tree(path):
@@ -336,8 +336,8 @@ def split_tree(path):
     val200 is val/ where train/, val/ and test/ all exist, and a seeded 20 % of each class of train/ otherwise.
     Raises what find_tree raises, and ValueError for a class without images and for a split that would be empty.
     """
-    (tree, left), seen = find_tree(path), {}
-    trees = {part: {name: list_images(folder, left, seen) for name, folder in folders.items()} for part, folders in tree.items()}
+    (tree, skipped), visited = find_tree(path), {}
+    trees = {part: {name: list_images(folder, skipped, visited) for name, folder in folders.items()} for part, folders in tree.items()}
     if "train" in trees:
         train, test = trees["train"], trees.get("test") or trees["val"]
     else:
@@ -351,7 +351,7 @@ def split_tree(path):
     for split, members in splits.items():
         if not any(members.values()):
             raise ValueError(f"{path} has too few images per class to hold out {split}: a fifth of each class rounds to none")
-    return splits, left
+    return splits, skipped
 
 
 def find_stream(path):
@@ -359,5 +359,5 @@ def find_stream(path):
 
     Lists no class folder whole, as ImageNet has 1.28 million files. Raises what find_tree raises.
     """
-    tree, left = find_tree(path, stream=True)
-    return {"train": tree["train"], "val": tree.get("val") or tree["test"]}, left
+    tree, skipped = find_tree(path, stream=True)
+    return {"train": tree["train"], "val": tree.get("val") or tree["test"]}, skipped

@@ -2,9 +2,15 @@
 
 A row may be added at run time, for example in a notebook, and then works in Config, run, run_grid and results:
 
-    METHODS["half"] = Method("Half", "merges half as many pairs", lambda model, config, plan: pyra.add_tome(model, [r // 2 for r in schedule(config, model)]))
+    def merge_half(model, config, plan):
+        return pyra.add_tome(model, [r // 2 for r in schedule(config, model)])
+
+    METHODS["half"] = Method("Half", "merges half as many pairs", merge_half)
+
+A run's id knows the row by its name alone: after changing a row, delete its runs or use another folder for them.
 """
 
+import json
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -21,20 +27,24 @@ RATE = frozenset({"rate"})
 
 
 class Method(NamedTuple):
-    """How a model gets cheaper to run. What a reducer brings on its own modules: `pyra.Block`."""
+    """How a model gets cheaper to run. The contract of a reducer is in `pyra.Block`.
+
+    Where there is no plan, `add` is also called before a run with a model on the meta device, without weights and without the PEFT,
+    so that a config that can't work is refused before anything is trained: it must not read the weights' values.
+    """
 
     title: str  # in tables, legends and figures
     help: str
-    add: Callable  # (model, config, plan) -> model
+    add: Callable  # (model, config, plan) -> model; plan is None where the row has none
     uses: frozenset = RATE  # the optional fields of Config that matter to it; all others fall back to their defaults before the id is made
-    plan: Callable | None = None  # (config, Bench) -> what is chosen before training, as JSON
+    plan: Callable | None = None  # (config, PlanContext) -> what is chosen before training, as JSON
     dial: Callable | None = None  # (model, config) -> budget.Dial, by which the trained model is brought to its budget
     second_stage: bool = False  # can be added to a model that is adapted already
-    prunes: bool = False  # changes the backbone itself, before the PEFT is added
+    before_peft: bool = False  # add changes the backbone itself, before the PEFT is added
     in_memory: bool = False  # its plan reads whole splits
 
 
-class Bench(NamedTuple):
+class PlanContext(NamedTuple):
     """What a plan may use: the run's data and device, and models as the run would build them."""
 
     device: torch.device
@@ -42,7 +52,7 @@ class Bench(NamedTuple):
     num_classes: int
     steps: int  # per epoch
     sample: Callable  # () -> some normalised images to train on, as when evaluating, on the device
-    apply: Callable  # (function, split) -> function(images) for all images of a split, float32, and their labels, on the device
+    predict_split: Callable  # (function, split) -> function(images) for all images of a split, float32, and their labels, on the device
     backbone: Callable  # () -> the pre-trained backbone, on the CPU
     adapted: Callable  # () -> the same with the PEFT
     train: Callable  # (model, epochs) trains as the run would, and resumes where it was interrupted
@@ -74,16 +84,12 @@ METHODS = {
     "tome": Method("ToMe", "merges similar tokens", add_merging, second_stage=True),
     "pyra": Method("PYRA", "merges similar tokens with modulation", add_modulation, RATE | {"s", "modulation_lr"}, second_stage=True),
     "evit": Method("EViT", "keeps what the class token attends to", evit.add, second_stage=True),
-    "tofu": Method("ToFu", "prunes early, merges late", lambda model, config, plan: tofu.add_tofu(model, schedule(config, model)), second_stage=True),
-    "ats": Method("ATS", "samples tokens, image by image", lambda model, config, plan: ats.add_ats(model, plan), plan=ats.plan, dial=ats.dial),
-    "ltmp": Method("LTMP", "learns thresholds to merge and prune by, image by image", lambda model, config, plan: ltmp.add_ltmp(model), dial=ltmp.dial),
+    "tofu": Method("ToFu", "prunes early, merges late", tofu.add, second_stage=True),
+    "ats": Method("ATS", "samples tokens, image by image", ats.add, plan=ats.plan, dial=ats.dial),
+    "ltmp": Method("LTMP", "learns thresholds to merge and prune by, image by image", ltmp.add, dial=ltmp.dial),
     "diffrate": Method("DiffRate", "learns how many tokens each block prunes and merges", diffrate.add, plan=diffrate.plan),
-    "rap": Method("RaP", "prunes channels, chosen on val200", lambda model, config, plan: pruning.prune_channels(model, plan), plan=pruning.plan, prunes=True, in_memory=True),
+    "rap": Method("RaP", "prunes channels, chosen on val200", pruning.add, plan=pruning.plan, before_peft=True, in_memory=True),
 }
-
-
-def add_fact(form, model, config):
-    return fact.add_fact(model, form, config.peft_dim, config.peft_scale, config.dropout)
 
 
 def train_all(model, config):
@@ -94,14 +100,18 @@ def train_all(model, config):
     return model
 
 
-BOTTLENECK = frozenset({"peft_dim", "peft_scale", "dropout"})
+def add_lora(model, config):
+    return pyra.add_lora(model, config.lora_rank, config.dropout)
+
+
+SCALED = frozenset({"peft_dim", "peft_scale", "dropout"})
 PEFTS = {
-    "lora": Peft("LoRA", "low-rank update of qkv", lambda model, config: pyra.add_lora(model, config.lora_rank, config.dropout), frozenset({"lora_rank", "dropout"}), fold=pyra.merge_lora),
-    "adapter": Peft("Adapter", "bottleneck after the MLP", lambda model, config: adapter.add_adapter(model, config.peft_dim, config.dropout)),
-    "convpass": Peft("Convpass", "convolutional bypasses", convpass.add, BOTTLENECK, defaults=convpass.defaults),
-    "fact_tt": Peft("FacT-TT", "shared low-rank factors, tensor train", partial(add_fact, "tt"), BOTTLENECK, fold=fact.fold_fact, defaults=partial(fact.defaults, "tt")),
-    "fact_tk": Peft("FacT-TK", "shared low-rank factors, Tucker", partial(add_fact, "tk"), BOTTLENECK, fold=fact.fold_fact, defaults=partial(fact.defaults, "tk")),
-    "snf": Peft("SNF", "flows on the shortcuts", lambda model, config: snf.add_snf(model), frozenset()),
+    "lora": Peft("LoRA", "low-rank update of qkv", add_lora, frozenset({"lora_rank", "dropout"}), fold=pyra.merge_lora),
+    "adapter": Peft("Adapter", "bottleneck after the MLP", adapter.add),
+    "convpass": Peft("Convpass", "convolutional bypasses", convpass.add, SCALED, defaults=convpass.defaults),
+    "fact_tt": Peft("FacT-TT", "shared low-rank factors, tensor train", partial(fact.add, "tt"), SCALED, fact.fold_fact, partial(fact.defaults, "tt")),
+    "fact_tk": Peft("FacT-TK", "shared low-rank factors, Tucker", partial(fact.add, "tk"), SCALED, fact.fold_fact, partial(fact.defaults, "tk")),
+    "snf": Peft("SNF", "flows on the shortcuts", snf.add, frozenset()),
     "full": Peft("full", "the whole backbone, as MAE fine-tunes it", train_all, frozenset({"layer_decay"}), trains_backbone=True),
 }
 # The fields of Config that only some methods or PEFTS use. All others matter to every run.
@@ -109,9 +119,17 @@ OPTIONAL = frozenset().union(*(row.uses for row in (*METHODS.values(), *PEFTS.va
 
 
 def call_add(row, model, *arguments):
+    """row.add, with what it must have done checked. Raises ValueError."""
     model = row.add(model, *arguments)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"add of {row.title} must return the model, not {model!r}")
+    for reducer in {block.reducer for block in model.blocks} - {None}:
+        if not hasattr(reducer, "tokens_after"):
+            raise ValueError(f"the {type(reducer).__name__} of {row.title} needs a method tokens_after(n): see pyra.Block")
+        try:
+            json.dumps(getattr(reducer, "settings", None))
+        except TypeError as error:
+            raise ValueError(f"the settings of {row.title}'s {type(reducer).__name__} must be JSON: {error}") from error
     return model
 
 
@@ -127,7 +145,7 @@ def build_model(config, num_classes, plan=None):
     """
     config = config.resolved()
     method, model = METHODS[config.method], load_backbone(config, num_classes)
-    if method.prunes:
+    if method.before_peft:
         return adapt(call_add(method, model, config, plan), config)
     return call_add(method, adapt(model, config), config, plan)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 import pyra
 from pyra_lab import budget
 
+
 def keep_rows(linear, index):
     """Cuts a linear map down to the outputs at index, in place."""
     linear.weight = nn.Parameter(linear.weight[index], linear.weight.requires_grad)
@@ -67,13 +68,13 @@ def prune_channels(model, keep):
     return model
 
 
-def scale_to_budget(ratios, full, cost, budget):
-    """full * ratios * t, each from 1 to full, with the factor t at which they cost the budget, found by bisection. All 1-D."""
+def scale_to_budget(ratios, full, cost, macs):
+    """full * ratios * t, each from 1 to full, with the factor t at which they cost `macs`, found by bisection. All 1-D."""
     low, high = 0.0, 1 / ratios.min().item()  # at high everything is full
     for _ in range(60):
         t = (low + high) / 2
         keep = torch.minimum((full * ratios * t).clamp(min=1), full)
-        low, high = (t, high) if keep @ cost < budget else (low, t)
+        low, high = (t, high) if keep @ cost < macs else (low, t)
     return keep
 
 
@@ -93,12 +94,12 @@ def random_keep(model, flops_ratio, generator):
         cost.append(2 * m * c)
     full, cost = torch.tensor(full, dtype=torch.float64), torch.tensor(cost, dtype=torch.float64)
     target = pyra.count_macs(model) / flops_ratio
-    budget = target - (pyra.count_macs(model) - (full @ cost).item())  # patch embedding and head are not pruned
+    macs = target - (pyra.count_macs(model) - (full @ cost).item())  # patch embedding and head are not pruned
     for _ in range(100):
         ratios = torch.empty(2 * depth, dtype=torch.float64).uniform_(0.1, 1, generator=generator)
-        heads = scale_to_budget(ratios, full, cost, budget)[:depth].round()
-        units = scale_to_budget(ratios[depth:], full[depth:], cost[depth:], budget - (heads @ cost[:depth]).item()).round()
-        if abs((torch.cat([heads, units]) @ cost).item() - budget) <= 0.01 * target:
+        heads = scale_to_budget(ratios, full, cost, macs)[:depth].round()
+        units = scale_to_budget(ratios[depth:], full[depth:], cost[depth:], macs - (heads @ cost[:depth]).item()).round()
+        if abs((torch.cat([heads, units]) @ cost).item() - macs) <= 0.01 * target:
             return [(int(a), int(b)) for a, b in zip(heads, units)]
     raise ValueError(f"no random pruning of this model meets 1/{flops_ratio:g} of its MACs within 1 %")
 
@@ -151,13 +152,17 @@ def probe_loss(features, labels, held_out, held_out_labels, num_classes, weight_
     return F.cross_entropy(F.linear(held_out, weight.detach(), bias.detach()), held_out_labels).item()
 
 
-def plan(config, bench):
+def plan(config, context):
     """Before training: the best of 20 prunings by a linear head on their features, fitted to train800, judged on val200."""
-    model = bench.backbone()
+    model = context.backbone()
 
     def score(pruned):
         features = lambda x: pruned.pool(pruned.forward_tokens(x))
-        pruned.eval().to(bench.device)
-        return probe_loss(*bench.apply(features, "train800"), *bench.apply(features, "val200"), bench.num_classes)
+        pruned.eval().to(context.device)
+        return probe_loss(*context.predict_split(features, "train800"), *context.predict_split(features, "val200"), context.num_classes)
 
-    return search_pruning(model, pyra.count_macs(model) / budget.target_macs(config, model), score, seed=config.seed, progress=bench.progress)
+    return search_pruning(model, pyra.count_macs(model) / budget.target_macs(config, model), score, seed=config.seed, progress=context.progress)
+
+
+def add(model, config, plan):
+    return prune_channels(model, plan)

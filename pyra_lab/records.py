@@ -1,4 +1,4 @@
-"""Records: what a run found out, how it is found again, and numbers over several runs."""
+"""Records: the results of runs, how they are found again, and numbers over several runs."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from pyra_lab.config import Config
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found out; result.json holds the same."""
+    """The result of a run; result.json holds the same."""
 
     config: dict  # every field, with what each None stood for
     folder: str  # of the run's files
@@ -71,8 +71,10 @@ def complete(config):
 
 
 def recorded(config, vary, runs=None):
-    """All recorded Results whose configs equal `config` in every field but those named in `vary`, such as ("s", "seed")."""
-    matching = []
+    """All recorded Results whose configs equal `config` in every field but those named in `vary`, such as ("s", "seed"). Raises ValueError."""
+    matching, known = [], {f.name for f in dataclasses.fields(Config)}
+    if isinstance(vary, str) or set(vary) - known:
+        raise ValueError(f"vary must be a list of fields of Config, not {vary!r}")
     for result in read_results(runs):
         theirs = complete(result.config)
         try:

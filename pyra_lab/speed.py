@@ -22,11 +22,18 @@ from tqdm import tqdm
 
 import pyra
 from pyra_lab.batches import sample_indices
-from pyra_lab.config import DTYPES, Config, check_device, has_fast_bfloat16
+from pyra_lab.config import Config
 from pyra_lab.deploy import pack
+from pyra_lab.devices import (
+    DTYPES,
+    autocast,
+    check_device,
+    default_device,
+    has_fast_bfloat16,
+)
+from pyra_lab.epochs import cast_frozen, make_optimizer
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, fold
-from pyra_lab.epochs import cast_frozen, make_optimizer
 from pyra_lab.training import find_source, image_size
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
@@ -115,7 +122,7 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     The models are moved to device and dtype and stay there, in eval mode. Raises ValueError.
     """
     check_timing(batch_size, rounds, seconds, [dtype], device, compile)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     dtype, calls, memory = DTYPES[dtype], {}, {}
     if compile:
         torch.compiler.reset()  # or what earlier calls compiled would be tried first at each batch
@@ -266,7 +273,7 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
         import timm
     except ImportError:
         timm = None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     with torch.device("meta"):
         model = pyra.create_model(backbone)
         r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches)
@@ -288,7 +295,7 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
 def training_step(model, optimizer, images, checkpoint=False):
     """One step as in training, with labels that are all 0; in bf16 where the frozen weights are."""
     model.checkpoint = checkpoint
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=model.pos_embed.dtype == torch.bfloat16):
+    with autocast(images.device, model.pos_embed.dtype):
         logits = model(images)
     F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64, device=images.device)).backward()
     optimizer.step()
@@ -302,7 +309,7 @@ def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, 
     backward pass, gradients and AdamW's state; its mac_ratio is that of the forward pass. Raises ValueError.
     """
     check_timing(batch_size, rounds, seconds, dtypes, device)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     rows = []
     for dtype in dtypes:
         steps, memory, ratio = {}, {}, {}

@@ -87,9 +87,9 @@ def read_list_task(name, path):
     return Task(name, num_classes, classes if len(classes) == num_classes else (), group, path)
 
 
-def warn_of_left(path, left):
+def warn_of_left(path, skipped):
     """Warns of what of a tree is left out, in one line. It comes from one place, so that Python shows each such line once."""
-    if line := layouts.describe_left(path, left):
+    if line := layouts.describe_left(path, skipped):
         warnings.warn(line, stacklevel=1)
 
 
@@ -108,8 +108,8 @@ def find_task(name, root=None):
         path = Path(os.path.expanduser(rest))
         if not os.path.isdir(path):
             raise FileNotFoundError(f"{name}: {path} is not a folder")
-        tree, left = (layouts.split_tree if kind == "folder" else layouts.find_stream)(path)
-        warn_of_left(path, left)
+        tree, skipped = (layouts.split_tree if kind == "folder" else layouts.find_stream)(path)
+        warn_of_left(path, skipped)
         classes = tuple(tree["train800val200" if kind == "folder" else "train"])
         return Task(name, len(classes), classes, kind.capitalize(), path)
     if name in DRAWN:
@@ -211,11 +211,11 @@ def stream_split(task, split, transform):
     task = task if isinstance(task, Task) else find_task(task)
     if task.group != "Stream":
         raise ValueError(f"{task.name} is not a stream:/path task: load_split holds it in memory")
-    part, left, seen = "train" if split.startswith("train") else "val", Counter(), {}
+    part, skipped, visited = "train" if split.startswith("train") else "val", Counter(), {}
     folders = layouts.find_stream(task.path)[0][part]
     check_classes(task, folders)
-    samples = [(file, label) for label, name in enumerate(task.classes) for file in layouts.list_images(folders[name], left, seen)]
-    warn_of_left(f"{task.path}, {part}", left)
+    samples = [(file, label) for label, name in enumerate(task.classes) for file in layouts.list_images(folders[name], skipped, visited)]
+    warn_of_left(f"{task.path}, {part}", skipped)
     return Stream(samples, task.classes, transform)
 
 

@@ -22,13 +22,21 @@ import torch
 from tqdm import tqdm
 
 import pyra
-from pyra_lab import backbones, batches, budget, files, methods, processes, tasks
-from pyra_lab.config import DTYPES, Config, check_device
-from pyra_lab.epochs import check_loss, cut_epoch, prepare, read_state, save, train
-from pyra_lab.evaluation import evaluate
+from pyra_lab import backbones, batches, budget, files, methods, tasks
+from pyra_lab.config import Config
+from pyra_lab.devices import DTYPES, check_device
+from pyra_lab.epochs import (
+    check_loss,
+    cut_epoch,
+    prepare_training,
+    read_state,
+    save_state,
+    train,
+)
+from pyra_lab.evaluation import check_metrics, evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
-from pyra_lab.processes import ALONE
+from pyra_lab.processes import Processes, connect, from_environment
 from pyra_lab.records import Result, read_result, runs_folder
 
 # ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
@@ -90,6 +98,18 @@ class Source(NamedTuple):
     load: Callable  # (split, img_size) -> uint8 images (n, 3, img_size, img_size), labels (n,); not of a stream
 
 
+class Run(NamedTuple):
+    """What stays the same throughout a run."""
+
+    config: Config  # resolved
+    source: Source
+    data: batches.Data
+    folder: Path
+    device: torch.device
+    processes: Processes
+    progress: bool  # whether to show bars
+
+
 def image_size(config):
     with torch.device("meta"):
         return backbones.create_backbone(config, 1).img_size
@@ -121,7 +141,10 @@ def check_run(config, source=None):
         if "rate" in method.uses:
             budget.target_macs(config, model)
         if method.plan is None:
-            methods.call_add(method, model, config, None)
+            model = methods.call_add(method, model, config, None)
+            if not budget.depends_on_image(model):
+                pyra.token_counts(model)
+    check_metrics()
     return source
 
 
@@ -142,14 +165,14 @@ def run(config, runs=None, progress=True, data=None):
 
 def run_source(config, source, runs, progress):
     """`run` of a config whose Source may be known already."""
-    config, among = config.resolved(), processes.from_environment()
+    config, processes = config.resolved(), from_environment()
     folder = runs_folder(runs) / config.id()
-    if among.world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
+    if processes.world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
         return result
     source = check_run(config, source)
-    if config.batch_size % among.world:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {among.world} processes")
-    device, method, num_classes = processes.connect(among, torch.device(config.device)), METHODS[config.method], source.task.num_classes
+    if config.batch_size % processes.world:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {processes.world} processes")
+    device, method, num_classes = connect(processes, torch.device(config.device)), METHODS[config.method], source.task.num_classes
     model = (backbones.load_backbone if method.plan else build_model)(config, num_classes)  # refuses weights before anything is trained or written
 
     teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
@@ -158,20 +181,21 @@ def run_source(config, source, runs, progress):
         data = batches.streamed(source.task, config, image_size(config), device)
     else:
         data = batches.held_in_memory(source.load, config, image_size(config), device, teacher)
-    if data.n < among.world:
-        raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {among.world} processes")
+    if data.n < processes.world:
+        raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {processes.world} processes")
 
     with contextlib.ExitStack() as stack:
-        if among.first:
+        if processes.first:
             folder.mkdir(parents=True, exist_ok=True)
             if stack.enter_context(files.file_lock(folder)):
                 for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
                     left.unlink()
-        among.wait()
+        processes.wait()
         if result := read_result(folder):  # another process did it while this one waited
             return result
         state = read_state(folder / "state.pt")
-        plan = make_plan(config, source, data, device, folder, among, progress) if method.plan else None
+        run = Run(config, source, data, folder, device, processes, progress)
+        plan = make_plan(run) if method.plan else None
         if state is not None and state["plan"] != plan:
             if method.dial is None:
                 raise ValueError(f"{folder / 'state.pt'} was trained with a different plan than {config.method} makes now: delete it to restart the run")
@@ -180,85 +204,85 @@ def run_source(config, source, runs, progress):
             model = build_model(config, num_classes, plan)
         if stage_one is not None:
             start_from(model, stage_one)
-        return finish(config, model.to(device), plan, source.task, data, folder, state, among, progress)
+        return finish(run, model.to(device), plan, state)
 
 
-def make_plan(config, source, data, device, folder, among, progress):
-    """What the method chooses before training: once, by the first process. It then stands in the run's folder."""
-    file, num_classes = folder / "plan.json", source.task.num_classes
-    size, dtype = image_size(config), DTYPES[config.dtype]
+def make_plan(run):
+    """What the method chooses before training: once, by the first process. It is then kept in the run's folder. Returns the plan."""
+    config, file, num_classes, dtype = run.config, run.folder / "plan.json", run.source.task.num_classes, DTYPES[run.config.dtype]
 
     def train_search(model, epochs):
-        search = folder / "search"
+        search = run.folder / "search"
         search.mkdir(exist_ok=True)
-        optimizer, history = prepare(model.to(device), config, read_state(search / "state.pt"))
-        for entry in train(model, optimizer, config, data, num_classes, epochs, 0, len(history), progress=progress):
+        optimizer, history = prepare_training(model.to(run.device), config, read_state(search / "state.pt"))
+        for entry in train(model, optimizer, config, run.data, num_classes, epochs, 0, len(history), progress=run.progress):
             check_loss(entry, search)
             history.append(entry)
-            save(search, model, optimizer, history)
+            save_state(search, model, optimizer, history)
 
-    bench = methods.Bench(
-        device=device, dtype=dtype, num_classes=num_classes, steps=cut_epoch(config, data.n, 1).steps, sample=data.sample,
-        apply=lambda function, split: batches.predict_split(function, source.load, split, size, config.norm, dtype, device),
+    context = methods.PlanContext(
+        device=run.device, dtype=dtype, num_classes=num_classes, steps=cut_epoch(config, run.data.n, 1).steps, sample=run.data.sample,
+        predict_split=lambda function, split: batches.predict_split(function, run.source.load, split, image_size(config), config.norm, dtype, run.device),
         backbone=lambda: backbones.load_backbone(config, num_classes),
         adapted=lambda: methods.adapt(backbones.load_backbone(config, num_classes), config),
-        train=train_search, progress=progress,
+        train=train_search, progress=run.progress,
     )
-    if among.first and not file.is_file():
-        plan = METHODS[config.method].plan(config, bench)
+    if run.processes.first and not file.is_file():
+        plan = METHODS[config.method].plan(config, context)
         files.write_atomically(file, lambda p: p.write_text(json.dumps(plan)))
-    among.wait()
+    run.processes.wait()
     return json.loads(file.read_text())
 
 
-def finish(config, model, plan, task, data, folder, state, among, progress):
+def finish(run, model, plan, state):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
+    config, folder, data, processes = run.config, run.folder, run.data, run.processes
     epochs, warmup = config.epochs, config.warmup
     if config.second_epochs is not None:
         epochs, warmup = config.second_epochs, config.second_epochs // 10
-    dtype, dial = DTYPES[config.dtype], METHODS[config.method].dial
-    optimizer, history = prepare(model, config, state)
-    if among.first and state is None:
+    num_classes, dtype, dial = run.source.task.num_classes, DTYPES[config.dtype], METHODS[config.method].dial
+    optimizer, history = prepare_training(model, config, state)
+    if processes.first and state is None:
         files.write_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
-    if model.pos_embed.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.pos_embed.device)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
 
     metrics = None
-    bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not progress or not among.first, leave=False)
-    for entry in train(model, optimizer, config, data, task.num_classes, epochs, warmup, len(history), among, progress):
+    bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not run.progress or not processes.first, leave=False)
+    for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress):
         check_loss(entry, folder)
         last = entry["epoch"] + 1 == epochs
         if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
-            plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, among.broadcast)
+            plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
         if last or config.eval_every and (entry["epoch"] + 1) % config.eval_every == 0:
-            metrics = evaluate(model, data.test(among.rank, among.world), dtype, among)
+            metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
             entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         history.append(entry)
-        if among.first:
-            save(folder, model, optimizer, history, plan)
+        if processes.first:
+            save_state(folder, model, optimizer, history, plan)
         bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
         bar.update()
     bar.close()
 
     if metrics is None:  # all epochs were done before, or a second stage has none
-        metrics = evaluate(model, data.test(among.rank, among.world), dtype, among)
-    result = summarise(config, model, plan, task, data, history, metrics, folder, among)
-    if among.first:
+        metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
+    result = summarise(run, model, plan, history, metrics)
+    if processes.first:
         pyra.save_adapter(model, folder / "adapter.safetensors")
         files.write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
-    among.wait()
+    processes.wait()
     return result
 
 
-def summarise(config, model, plan, task, data, history, metrics, folder, among=ALONE):
+def summarise(run, model, plan, history, metrics):
     """The Result of a trained model: its accuracies and what it costs."""
-    method, device = METHODS[config.method], model.pos_embed.device
+    config, processes, task, method = run.config, run.processes, run.source.task, METHODS[run.config.method]
     evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=-1, accuracy=metrics["accuracy"])]
     if method.dial is not None:  # before its last epoch it was not held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
-    counts = budget.count_tokens(model, (x for x, _ in data.test(among.rank, among.world)), DTYPES[config.dtype])
-    counts = (among.gather(counts.T).T if budget.depends_on_image(model) else counts).double()
+    counts = budget.count_tokens(model, (x for x, _ in run.data.test(processes.rank, processes.world)), DTYPES[config.dtype])
+    counts = (processes.gather(counts.T).T if budget.depends_on_image(model) else counts).double()
     means = counts.mean(dim=1).tolist()
     reduced = budget.mean_macs(model, counts)
     macs = reduced + (0 if PEFTS[config.peft].fold else peft_macs(model, means))
@@ -266,13 +290,13 @@ def summarise(config, model, plan, task, data, history, metrics, folder, among=A
         with torch.device("meta"):  # the model itself may be pruned
             target = budget.target_macs(config, backbones.create_backbone(config, task.num_classes))
         if abs(missed := reduced / target - 1) > 0.05:
-            warnings.warn(f"{folder.name} misses its MAC budget by {missed:+.0%}", stacklevel=4)
+            warnings.warn(f"{run.folder.name} misses its MAC budget by {missed:+.0%}: compare it with others at its own cost, Result.macs", stacklevel=4)
     return Result(
-        config=dataclasses.asdict(config), folder=str(folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
+        config=dataclasses.asdict(config), folder=str(run.folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
         macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], trained=methods.count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
         seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
-        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
         versions=dict(torch=torch.__version__, python=sys.version.split()[0]), plan=plan, metrics=metrics,
     )

@@ -134,7 +134,7 @@ def test_a_row_uses_the_fields_that_it_reads(method, peft):
     c, elsewhere = small_config(method, peft).resolved(), {"rate", "modulation_lr", "layer_decay"}
     by_method, by_peft = Recorder(c), Recorder(c)
     model = PEFTS[peft].add(tiny(), by_peft)
-    METHODS[method].add(tiny() if METHODS[method].prunes else model, by_method, METHOD_CASES[method].get("plan"))
+    METHODS[method].add(tiny() if METHODS[method].before_peft else model, by_method, METHOD_CASES[method].get("plan"))
     for row, recorder in ((METHODS[method], by_method), (PEFTS[peft], by_peft)):
         read = recorder.read & methods.OPTIONAL
         assert read <= row.uses <= read | elsewhere, row.title

@@ -315,7 +315,7 @@ def test_a_method_added_at_run_time(task, tmp_path, monkeypatch):
     def keep_half(model, config, plan):
         return pyra.add_tome(model, [r // plan for r in schedule(config, model)])
 
-    monkeypatch.setitem(METHODS, "half", Method("Half", "merges half as many pairs", keep_half, plan=lambda config, bench: bench.steps))
+    monkeypatch.setitem(METHODS, "half", Method("Half", "merges half as many pairs", keep_half, plan=lambda config, context: context.steps))
     config = Config(task=task, **{**SMALL, "method": "half", "epochs": 2, "eval_every": 0})
     with pytest.warns(UserWarning, match="misses its MAC budget"):
         result = run(config, tmp_path / "whole", progress=False)

@@ -36,3 +36,7 @@ def add_adapter(model, dim=8, dropout=0.1):
     for block in model.blocks:
         block.peft_mlp = Adapter(model.embed_dim, dim, dropout).to(model.pos_embed)
     return finish_peft(model, "Adapter", dim=dim)
+
+
+def add(model, config):
+    return add_adapter(model, config.peft_dim, config.dropout)

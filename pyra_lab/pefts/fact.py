@@ -121,3 +121,7 @@ def fold_fact(model):
 def defaults(form, task):
     settings = fact_settings(task, form)
     return dict(peft_dim=settings["rank"], peft_scale=settings["scale"])
+
+
+def add(form, model, config):
+    return add_fact(model, form, config.peft_dim, config.peft_scale, config.dropout)

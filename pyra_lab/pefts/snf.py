@@ -48,3 +48,7 @@ def add_snf(model, flows=0, affine=True):
         for name in ("peft_attn", "peft_mlp"):
             setattr(block, name, Flow(model.embed_dim, flows, bool(affine)).to(model.pos_embed))
     return finish_peft(model, "SNF", flows=flows, affine=bool(affine))
+
+
+def add(model, config):
+    return add_snf(model)

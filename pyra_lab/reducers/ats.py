@@ -101,7 +101,11 @@ def dial(model, config):
     return budget.Dial(apply, 0, 4)
 
 
-def plan(config, bench):
+def plan(config, context):
     """Before training: how many tokens to sample in each block so that the pre-trained model meets its budget."""
-    model = bench.backbone().to(bench.device)
-    return budget.calibrate(dial(model, config), model, config, bench.sample(), bench.dtype)
+    model = context.backbone().to(context.device)
+    return budget.calibrate(dial(model, config), model, config, context.sample(), context.dtype)
+
+
+def add(model, config, plan):
+    return add_ats(model, plan)

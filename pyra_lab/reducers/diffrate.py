@@ -9,7 +9,14 @@ import torch.nn.functional as F
 import pyra
 from pyra_lab import budget
 from pyra_lab.budget import alive_mask
-from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
+from pyra_lab.reducers.shared import (
+    attend_with_gradient,
+    attention_rows,
+    gather_tokens,
+    remap_source,
+    size_with_gradient,
+    straight_through,
+)
 
 
 def sort_by_attention(tokens, qkv, specials):
@@ -184,13 +191,13 @@ def dial(model, config):
     return budget.Dial(apply, -40, 40)
 
 
-def plan(config, bench):
+def plan(config, context):
     """Before training: a search of a tenth of the epochs, with the PEFT, which learns how many patches each block keeps."""
-    model, epochs = add_diffrate(bench.adapted()), max(1, config.epochs // 10)
+    model, epochs = add_diffrate(context.adapted()), max(1, config.epochs // 10)
     for block in model.blocks:  # the paper's rate supposes thousands of steps; in fewer steps the logits have to come as far
-        block.reducer.lrs = {name: lr * max(1, 300 / (bench.steps * epochs)) for name, lr in DiffRate.lrs.items()}
-    bench.train(model, epochs)
-    return budget.calibrate(dial(model, config), model, config, bench.sample(), bench.dtype)
+        block.reducer.lrs = {name: lr * max(1, 300 / (context.steps * epochs)) for name, lr in DiffRate.lrs.items()}
+    context.train(model, epochs)
+    return budget.calibrate(dial(model, config), model, config, context.sample(), context.dtype)
 
 
 def add(model, config, plan):

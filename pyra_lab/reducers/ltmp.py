@@ -7,7 +7,14 @@ import torch.nn as nn
 
 import pyra
 from pyra_lab.budget import Dial, alive_mask
-from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
+from pyra_lab.reducers.shared import (
+    attend_with_gradient,
+    attention_rows,
+    gather_tokens,
+    remap_source,
+    size_with_gradient,
+    straight_through,
+)
 
 TEMPERATURE = 0.1
 
@@ -115,3 +122,7 @@ def dial(model, config):
             threshold.fill_(min(max(learned + x, 0), 1))
 
     return Dial(apply, -1, 1)
+
+
+def add(model, config, plan):
+    return add_ltmp(model)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import pyra
+from pyra_lab import budget
 from pyra_lab.reducers.shared import gather_tokens, remap_source
 
 
@@ -47,3 +48,7 @@ def add_tofu(model, r):
     """
     middle = len(model.blocks) // 2
     return pyra.set_reducers(model, [ToFu(entry, i > middle, model.specials) if entry else None for i, entry in enumerate(pyra.check_schedule(model, r))])
+
+
+def add(model, config, plan):
+    return add_tofu(model, budget.schedule(config, model))
