@@ -68,27 +68,36 @@ class Case(NamedTuple):
 CASES = {
     "quickstart": Case(dict(rate=2.5, epochs=1, seed=1, norm="none"), [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")]),
     "features": Case(dict(epochs=1, images=40, perplexity=10.0, lr=1e-3),
-                     [(dict(neighbours=0), "neighbours must be at least 1 and less than images, 400, not 0"), (dict(images=50), "images must be more than three times perplexity, 30, not 50")]),
-    "ablation_rank": Case(dict(s=3, epochs=1, rate=4.0), [(dict(rank=4), "there is no parameter 'rank'; the parameters are task, backbone"), (dict(s=0), "s must be at least 1")],
+                     [(dict(neighbours=0), "neighbours must be at least 1 and less than images, 400, not 0"),
+                      (dict(images=50), "images must be more than three times perplexity, 30, not 50")]),
+    "ablation_rank": Case(dict(s=3, epochs=1, rate=4.0),
+                          [(dict(rank=4), "there is no parameter 'rank'; the parameters are task, backbone"), (dict(s=0), "s must be at least 1")],
                           check=check_earlier_ranks, before=dict(s=2)),
-    "ablation_two_stage": Case(dict(rates=["high"], method="pyra", epochs=1, second_epochs=1), [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number")], check=check_equal_lengths),
-    "ablation_lora_dim": Case(dict(widths=[2, 4], epochs=1, rate=4.0), [(dict(widths=[]), "widths needs an entry"), (dict(widths=[0]), "lora_rank must be at least 1, not 0")]),
+    "ablation_two_stage": Case(dict(rates=["high"], method="pyra", epochs=1, second_epochs=1),
+                               [(dict(rates=["mid"]), "rate must be 'low', 'high' or a number")], check=check_equal_lengths),
+    "ablation_lora_dim": Case(dict(widths=[2, 4], epochs=1, rate=4.0),
+                              [(dict(widths=[]), "widths needs an entry"), (dict(widths=[0]), "lora_rank must be at least 1, not 0")]),
     "compare_peft": Case(dict(pefts=["fact_tk", "adapter"], methods=["pyra"], with_adapter=["tofu"], rates=[4.0], seconds=0.05),
-                         [(dict(pefts=["fact"]), "peft must be one of lora, adapter.*, not 'fact'"), (dict(pefts=["snf"], with_adapter=["rap"]), "with_adapter needs adapter among the pefts")]),
+                         [(dict(pefts=["fact"]), "peft must be one of lora, adapter.*, not 'fact'"),
+                          (dict(pefts=["snf"], with_adapter=["rap"]), "with_adapter needs adapter among the pefts")]),
     "compare_reducers": Case(dict(methods=["evit", "ats"], peft="snf", rates=[4.0], seconds=0.05),
-                             [(dict(batch_size=0), "batch_size and rounds must be at least 1"), (dict(methods=["tomme"]), "method must be one of plain, tome, pyra, evit")]),
+                             [(dict(batch_size=0), "batch_size and rounds must be at least 1"),
+                              (dict(methods=["tomme"]), "method must be one of plain, tome, pyra, evit")]),
     "compare_distillation": Case(dict(rate=4.0, seconds=0.05), [(dict(teacher="vit_huge"), "teacher must be one of vit_nano_patch4_56")]),
     "vtab": Case(dict(methods=["pyra"], rates=[4.0], lrs=[1e-4], seeds=[1, 2]),
                  [(dict(lrs=[-1.0]), "modulation_lr must be a finite number"), (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
                  task=lambda task: dict(task_names=[task]), check=check_two_seeds),
     "imagenet_finetune": Case(dict(epochs=1, processes=2, base_lr=1e-3, workers=1), [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
                               task=lambda task: dict(path=task.removeprefix("folder:"))),
-    "schedule": Case(dict(batch_size=2, seconds=0.02, target_speedup=1.3, dtype="bfloat16", device="cpu"), [(dict(target_speedup="fast"), "target_speedup must be of type float")],
+    "schedule": Case(dict(batch_size=2, seconds=0.02, target_speedup=1.3, dtype="bfloat16", device="cpu"),
+                     [(dict(target_speedup="fast"), "target_speedup must be of type float")],
                      task=lambda task: {}, check=check_speeds),
     "throughput": Case(dict(rates=[2.5], batch_sizes=[2], train_batch_size=3, dtypes=["float32"], seconds=0.01, rounds=2),
-                       [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"), (dict(train_batch_size=0), "batch_size and rounds must be at least 1")],
+                       [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"),
+                        (dict(train_batch_size=0), "batch_size and rounds must be at least 1")],
                        task=lambda task: {}, check=check_speeds),
-    "deploy": Case(dict(target_speedup=3.0, serve_batch=2, seconds=0.02, seed=1, epochs=1), [(dict(target_speedup=1.0), "target_speedup must be greater than 1"), (dict(path="nowhere"), "nowhere is not a folder")],
+    "deploy": Case(dict(target_speedup=3.0, serve_batch=2, seconds=0.02, seed=1, epochs=1),
+                   [(dict(target_speedup=1.0), "target_speedup must be greater than 1"), (dict(path="nowhere"), "nowhere is not a folder")],
                    task=lambda task: dict(path=task.removeprefix("folder:")), check=check_deployed),
 }
 
@@ -157,7 +166,8 @@ def small_task(tmp_path_factory):
 
 def execute(name, parameters, folder):
     """What the notebook shows last, after papermill has run it with these parameters."""
-    out = papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters, kernel_name="python3", progress_bar=False, cwd=folder)
+    out = papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters,
+                                     kernel_name="python3", progress_bar=False, cwd=folder)
     shown = [output.data["application/json"] for cell in out.cells if cell.cell_type == "code" for output in cell.outputs
              if output.output_type == "display_data" and "application/json" in output.data]
     assert len(shown) == 1
