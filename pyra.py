@@ -61,30 +61,34 @@ def unwrap(model):
 
 
 def on_model(function):
-    """Lets a function whose first argument is a model take a wrapped one too, and refuses a foreign one. Raises ValueError."""
+    """Lets a function whose first argument is a model take a wrapped one too. Raises ValueError for a foreign one."""
     @functools.wraps(function)
     def wrapper(model, *args, **kwargs):
-        own = unwrap(model)
-        if not isinstance(own, VisionTransformer):
-            raise ValueError(f"{function.__name__} needs a pyra.VisionTransformer, not a {type(own).__name__}: see create_model and load_pretrained")
+        own, kind = unwrap(model), type(unwrap(model))
+        needed = f"{function.__name__} needs a pyra.VisionTransformer, not {kind.__module__}.{kind.__name__}: see create_model and load_pretrained"
+        require(isinstance(own, VisionTransformer), needed)
         result = function(own, *args, **kwargs)
         return model if result is own else result
 
     return wrapper
 
 
+def to_python(value):
+    """NumPy's and torch's numbers and arrays as Python's, in a list too."""
+    return value.tolist() if hasattr(value, "tolist") else [to_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
+
+
 def check_integer(name, value, least=1):
-    """The value as an int. Raises ValueError unless it is an integer of any kind, no bool, and large enough."""
-    kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-    integer = not isinstance(value, bool) and hasattr(value, "__index__")
-    require(integer and value.__index__() >= least, f"{name} must be {kind}, not {value!r}")
-    return value.__index__()
+    """The value as an int. Raises ValueError unless it is an integer, NumPy's and torch's too, and large enough."""
+    kind, number = "a positive integer" if least == 1 else f"an integer of at least {least}", to_python(value)
+    require(type(number) is int and number >= least, f"{name} must be {kind}, not {value!r}")
+    return number
 
 
 # ---- Schedules: how many pairs each block merges ---------------------------------------------------------------------
 
-# Table 5 of the supplement. For ViT-L the table prints 23 entries for 24 blocks: one of its 4s is missing (the published
-# code has three). The low lists are the constant 16 and 8; the last block has too few tokens left for a full entry.
+# Table 5 of the supplement. For ViT-L it prints 23 entries for 24 blocks: one of its 4s is missing (the published code has three).
+# The low lists are the constant 16 and 8; the last block has too few tokens left for a full entry.
 PAPER_SCHEDULES = {
     ("low", 12): [16] * 11 + [10],
     ("high", 12): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
@@ -94,9 +98,10 @@ PAPER_SCHEDULES = {
 
 
 def check_flops_ratio(flops_ratio):
-    """F/f, how many times fewer operations, must be a finite number above 1. Raises ValueError."""
-    number = isinstance(flops_ratio, (int, float)) and not isinstance(flops_ratio, bool)
-    require(number and 1 < flops_ratio < math.inf, f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+    """F/f, how many times fewer operations, as a Python number. Raises ValueError unless it is finite and above 1."""
+    number = to_python(flops_ratio)
+    require(type(number) in (int, float) and 1 < number < math.inf, f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+    return number
 
 
 def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
@@ -105,13 +110,11 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     depth: L, blocks. tokens: T, patches at the start (special tokens not counted). remaining: t, patches after the last
     block. flops_ratio: F/f, which the MACs meet to a few per cent; 2 gives a constant schedule. Returns L ints. Raises ValueError.
     """
-    check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
+    depth, tokens, remaining = check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
     require(remaining < tokens, f"remaining ({remaining}) must be less than tokens ({tokens})")
-    check_flops_ratio(flops_ratio)
+    flops_ratio = check_flops_ratio(flops_ratio)
 
-    def g(x):
-        return (1 - x / depth) ** (flops_ratio - 1)
-
+    g = lambda x: (1 - x / depth) ** (flops_ratio - 1)
     # 1e-9: (1/12) * 192 is 15.999... in floating point, and must floor to 16
     return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]
 
@@ -119,22 +122,22 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
 def merge_schedule(rate, depth=12, tokens=196):
     """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block. Raises ValueError.
 
-    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate
-    (`solve_macs` meets a ratio of operations exactly). Where Eq. (1) asks for more than half of the patches that are left,
-    half of them merge, so that every schedule can be satisfied.
+    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate, except that
+    at most half of the patches that are left merge (`solve_macs` meets a ratio of operations exactly).
     """
     if isinstance(rate, str):
         require(rate in ("low", "high"), f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
         require((rate, depth) in PAPER_SCHEDULES and tokens == 196, f"the paper's {rate!r} schedule is for depths 12 and 24 and 196 patches, "
                                                                     f"not {depth!r} and {tokens!r}; pass a number for Eq. (1)")
         return list(PAPER_SCHEDULES[rate, depth])
-    r, left = [], tokens
+    r, left = [], to_python(tokens)
     for entry in solve_schedule(depth, tokens, flops_ratio=rate):
         r.append(min(entry, most_merges(left, 0)))
         left -= r[-1]
     return r
 
 
+@on_model
 def counts_along(model, exponent, remaining):
     """Tokens before the first block and after each along Eq. (1)'s curve with any exponent; each block merges at most half of its tokens."""
     counts, depth = [model.num_patches + model.specials], len(model.blocks)
@@ -148,13 +151,11 @@ def counts_along(model, exponent, remaining):
 def solve_macs(model, flops_ratio, remaining=4):
     """The schedule of Eq. (1)'s family with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model.
 
-    Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the
-    exponent is solved for, and rounding errors carry over to the next block; then single tokens are moved while that helps.
-    A block merges at most half of its tokens, and at least `remaining` patches are left. Returns a list with one int per
-    block. Raises ValueError where no schedule saves so many operations.
+    Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the exponent is
+    solved for, rounding errors carry over to the next block, and then single tokens are moved while that helps. At least `remaining`
+    patches are left. Returns a list with one int per block. Raises ValueError where no schedule saves so many operations.
     """
-    check_flops_ratio(flops_ratio)
-    check_integer("remaining", remaining)
+    flops_ratio, remaining = check_flops_ratio(flops_ratio), check_integer("remaining", remaining)
     require(remaining < model.num_patches, f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
     start, least = model.num_patches + model.specials, remaining + model.specials
     ratio = lambda counts: macs_of_counts(model, [start] * len(counts)) / macs_of_counts(model, counts)
@@ -215,10 +216,7 @@ def with_update(linear, update):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear map plus a low-rank update: y = W x + b + B A dropout(x), scale 1.
-
-    On qkv this is the paper's form: one A (rank, c) shared by q, k and v, and one joint B (3c, rank).
-    """
+    """A frozen linear map plus a low-rank update: y = W x + b + B A dropout(x). On qkv A (rank, c) is shared by q, k and v, as in the paper."""
 
     def __init__(self, linear, rank, dropout=0.0):
         nn.Module.__init__(self)
@@ -271,8 +269,8 @@ def similarities(metric, specials=1):
 def match(metric, r, specials=1):
     """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
 
-    metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: 1 (class token) or 2 (class and
-    distillation token), which stay, in front. No gradient flows through the matching. Returns a Matching.
+    metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: 1 (class token) or 2 (class and distillation
+    token), which stay, in front. No gradient flows through the matching. Returns a Matching.
     """
     b, n, _ = metric.shape
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
@@ -280,13 +278,9 @@ def match(metric, r, specials=1):
     src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: the class token comes first
 
     odd = torch.arange(1, n, 2, device=metric.device).expand(b, -1)
-    dst = partner.gather(1, src) + unmerged.shape[1]
-    if specials == 1:
-        order = [2 * unmerged, odd, 2 * src]
-    else:
-        # the distillation token moves up to second place; nothing merges into it, so no other odd token's place changes
-        order = [2 * unmerged[:, :1], odd[:, :1], 2 * unmerged[:, 1:], odd[:, 1:], 2 * src]
-    return Matching(torch.cat(order, dim=1), dst)
+    dst, p = partner.gather(1, src) + unmerged.shape[1], specials - 1
+    # a distillation token moves up to second place; nothing merges into it, so no other odd token's place changes
+    return Matching(torch.cat([2 * unmerged[:, :1], odd[:, :p], 2 * unmerged[:, 1:], odd[:, p:], 2 * src], dim=1), dst)
 
 
 def rows(index, n):
@@ -320,10 +314,8 @@ def merge(tokens, matching, modulate=None):
     x, size, source = widen(tokens.x), tokens.size, tokens.source
     order, dst = matching
     r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
-    if size is None:
-        size = torch.ones(*order.shape, 1, device=x.device)
-    else:
-        x = x * size.to(x.dtype)
+    x = x if size is None else x * size.to(x.dtype)
+    size = torch.ones(*order.shape, 1, device=x.device) if size is None else size
     stay, src = order.split([kept, r], dim=1)
     x, x_src = take(x, stay), take(x, src)
     if modulate is not None:
@@ -341,29 +333,20 @@ def modulate(src, dst, w_r, w_d):
     """PYRA's re-activation of the source tokens (§3.3 of the paper).
 
     src, dst: (b, r, c) weighted by size. w_r: (r, s), w_d: (s, c). Returns (b, r, c).
-
-    With P = LN(src + dst), delta_D = W_r^T P (s, c) and delta_r = P W_D^T (r, s):
-    - s = 1: src + src * g_D * g_r with the channel gate g_D = 2 sigmoid(delta_D) in (0, 2) and the token gate
-      g_r = 2 sigmoid(delta_r) - 1 in (-1, 1).
+    With P = LN(src + dst), delta_D = W_r^T P (s, c) and delta_r = P W_D^T (r, s); W_D = 0 gives src in both cases:
+    - s = 1: src + src * g_D * g_r, the channel gate g_D = 2 sigmoid(delta_D) in (0, 2), the token gate g_r = 2 sigmoid(delta_r) - 1 in (-1, 1).
     - s > 1 (supplement, "Modulation Matrix Rank"): src + src * W with W = delta_r delta_D (r, c). Our reading: Eq. 6, the
       channel gate, is left out, and W stands where g_r stood, without a squashing function, since none is mentioned.
-    W_D = 0 gives src in both.
     """
     p = F.layer_norm(src + dst, src.shape[-1:])
     delta_d = w_r.mT @ p  # (b, s, c)
     delta_r = F.linear(p, w_d)  # (b, r, s)
-    if w_r.shape[1] == 1:
-        gate = (2 * delta_d.sigmoid()) * (2 * delta_r.sigmoid() - 1)
-    else:
-        gate = delta_r @ delta_d  # (b, r, c)
+    gate = 2 * delta_d.sigmoid() * (2 * delta_r.sigmoid() - 1) if w_r.shape[1] == 1 else delta_r @ delta_d  # (b, r, c)
     return torch.addcmul(src, src, gate)
 
 
 class ToMe(nn.Module):
-    """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left.
-
-    The simplest token reducer; `Block` says what a reducer is.
-    """
+    """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left."""
 
     def __init__(self, r, specials=1):
         super().__init__()
@@ -373,8 +356,7 @@ class ToMe(nn.Module):
         return n - min(self.r, most_merges(n, self.specials))
 
     def match(self, qkv):
-        n = qkv.k.shape[2]
-        metric = qkv.k.mean(dim=1)  # (b, n, d) the mean key of the heads
+        metric, n = qkv.k.mean(dim=1), qkv.k.shape[2]  # (b, n, d) the mean key of the heads
         return match(metric, n - self.tokens_after(n), self.specials)
 
     def forward(self, tokens, qkv):
@@ -501,18 +483,17 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al., 2021) with timm's parameter names.
 
-    img_size, patch_size: pixels; the one must divide the other. distilled: DeiT's second special token and head.
-    global_pool: "token" (the class token's output is classified) or "avg" (MAE's fine-tuning: the patches' mean, each
-    weighted by its size, then fc_norm). drop_path_rate: of the last block; it rises linearly from 0. num_classes = 0: no
-    head, the logits are the pooled features. Raises ValueError.
+    img_size, patch_size: pixels. distilled: DeiT's second special token and head. global_pool: "token" (the class token's output is
+    classified) or "avg" (MAE's fine-tuning: the patches' mean, each weighted by its size, then fc_norm). drop_path_rate: of the last block;
+    it rises linearly from 0. num_classes = 0: no head, the logits are the pooled features. Raises ValueError.
     """
 
     def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
                  num_classes=1000, distilled=False, global_pool="token", drop_path_rate=0.0):
         super().__init__()
-        for name, value in dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads).items():
-            check_integer(name, value)
-        check_integer("num_classes", num_classes, least=0)
+        sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        img_size, patch_size, embed_dim, depth, num_heads = (check_integer(name, value) for name, value in sizes.items())
+        num_classes = check_integer("num_classes", num_classes, least=0)
         require(img_size % patch_size == 0, f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         require(global_pool in ("token", "avg"), f"global_pool must be 'token' or 'avg', not {global_pool!r}")
@@ -554,9 +535,7 @@ class VisionTransformer(nn.Module):
         return Tokens(x, None, source)
 
     def run_block(self, block, tokens):
-        if self.checkpoint and self.training:
-            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
-        return block(tokens)
+        return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False) if self.checkpoint and self.training else block(tokens)
 
     def forward_tokens(self, images, depth=None):
         """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
@@ -598,10 +577,7 @@ SIZES = {
 
 
 def create_model(name, **kwargs):
-    """An untrained VisionTransformer by its timm name; what follows a dot (timm's tag of the weights) is ignored.
-
-    kwargs are VisionTransformer's: num_classes=..., drop_path_rate=..., global_pool="avg" for MAE's. Raises ValueError.
-    """
+    """An untrained VisionTransformer, with its kwargs, by its timm name without timm's tag of the weights (".mae"). Raises ValueError."""
     size = str(name).split(".")[0]
     require(size in SIZES, f"no model is called {name!r}; there are {', '.join(SIZES)}")
     return VisionTransformer(**{**SIZES[size], **kwargs})
@@ -623,6 +599,7 @@ def freeze(model):
     return model
 
 
+@on_model
 def check_peft(model, dropout=0.0, **sizes):
     """Checks what every PEFT needs: sizes that are positive integers, a dropout rate, and a model without a PEFT. Raises ValueError."""
     for name, value in sizes.items():
@@ -656,21 +633,19 @@ def merge_lora(model):
     return model
 
 
+@on_model
 def check_schedule(model, r):
     """r, an int or a list, as a list of ints with one entry per block. Raises ValueError."""
-    depth = len(model.blocks)
-    r = [r] * depth if hasattr(r, "__index__") else r
-    require(hasattr(r, "__len__") and not isinstance(r, (str, dict)), f"r must be an integer or a list with one entry per block, not {r!r}")
-    require(len(r) == depth, f"the schedule has {len(r)} entries, the model {depth} blocks")
-    return [check_integer(f"block {i}: r", entry, least=0) for i, entry in enumerate(r)]
+    depth, entries = len(model.blocks), to_python(r)
+    entries = [entries] * depth if isinstance(entries, int) else entries
+    require(isinstance(entries, list), f"r must be an integer or a list with one entry per block, not {r!r}")
+    require(len(entries) == depth, f"the schedule has {len(entries)} entries, the model {depth} blocks")
+    return [check_integer(f"block {i}: r", entry, least=0) for i, entry in enumerate(entries)]
 
 
 @on_model
 def set_reducers(model, reducers, prop_attn=True, attend=attend):
-    """Gives each block its reducer, or None, in place of the one that it had and of all that came with that one. Returns the model.
-
-    prop_attn, attend: of every block: attention after a reducer depends on the sizes that the reducer gives.
-    """
+    """Gives each block its reducer, or None, in place of the one that it had, and the attention that its sizes need. Returns the model."""
     for block, reducer in zip(model.blocks, reducers, strict=True):
         block.reducer = None if reducer is None else reducer.to(model.pos_embed.device).train(model.training)
         block.prop_attn, block.attn.attend = prop_attn, attend
@@ -681,8 +656,7 @@ def set_reducers(model, reducers, prop_attn=True, attend=attend):
 def add_tome(model, r, prop_attn=True):
     """Merges tokens in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r: pairs merged, an int or a list with one entry per block; as in ToMe, a block merges at most half of the tokens that it
-    gets. prop_attn: proportional attention. Raises ValueError.
+    r: pairs merged, an int or a list with one entry per block; at most half of its tokens. prop_attn: proportional attention. Raises ValueError.
     """
     return set_reducers(model, [ToMe(entry, model.specials) if entry else None for entry in check_schedule(model, r)], prop_attn)
 
@@ -691,10 +665,9 @@ def add_tome(model, r, prop_attn=True):
 def add_pyra(model, r, s=1, prop_attn=True):
     """Merges with modulation in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r as in `add_tome`, but an entry of more than half of the tokens left is refused: w_r has a row for each merged pair.
-    s: rank of the generators w_r (r, s) and w_d (s, c). Raises ValueError.
+    r as in `add_tome`, but more than half of the tokens are refused: w_r (r, s) has a row for each pair. s: the generators' rank. Raises ValueError.
     """
-    check_integer("s", s)
+    s = check_integer("s", s)
     entries, n = check_schedule(model, r), model.num_patches + model.specials
     for i, entry in enumerate(entries):
         most = most_merges(n, model.specials)
@@ -712,11 +685,8 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_de
     Parameters with a learning rate from their reducer (`lrs`) form groups of their names. layer_decay: for full fine-tuning
     (BEiT, MAE), the learning rate's factor from each block to the one below; then there is one group per layer.
     """
-    kinds = {
-        "decay": dict(lr=lr, weight_decay=weight_decay),
-        "no_decay": dict(lr=lr, weight_decay=0.0),
-        "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay),
-    }
+    kinds = {"decay": dict(lr=lr, weight_decay=weight_decay), "no_decay": dict(lr=lr, weight_decay=0.0),
+             "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay)}
     for block in model.blocks:
         kinds |= {name: dict(lr=own, weight_decay=0.0) for name, own in getattr(block.reducer, "lrs", {}).items()}
     groups = {kind: {} for kind in kinds}
@@ -733,29 +703,33 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_de
 
 def layers_above(name, depth):
     """How many layers lie between a parameter and the logits: depth + 1 for the embedding's, 0 for a head's."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return depth - int(block[1])
-    return depth + 1 if name.startswith(("patch_embed.", "pos_embed", "cls_token", "dist_token")) else 0
+    block, embeds = re.match(r"blocks\.(\d+)\.", name), name.startswith(("patch_embed.", "pos_embed", "cls_token", "dist_token"))
+    return depth - int(block[1]) if block else depth + 1 if embeds else 0
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def first_line(error):
-    """The first line of an exception's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error, most=300):
+    """The first line of an exception's message, or of any other text, at most so many characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]
 
 
-def check_fit(source, own, given, optional=()):
+def listed(names):
+    """A few of the names, and how many more there are."""
+    return ", ".join(first_line(name, 80) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_fit(source, own, given, optional=(), reason=""):
     """Raises ValueError unless the tensors `given` have the names and shapes of `own`, {name: tensor}; some names may be optional."""
     missing = [k for k in own if k not in given and not k.startswith(tuple(optional))]
     unexpected = [k for k in given if k not in own]
     misshapen = [f"{k} as {tuple(given[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in given and given[k].shape != own[k].shape]
-    few = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {few(unexpected)}; is it a plain ViT?")
+    require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed(unexpected)}{reason}")
     for what, names in (("has", misshapen), ("lacks", missing), ("has the unexpected", unexpected)):
-        require(not names, f"{source} doesn't fit the model: it {what} {few(names)}")
+        require(not names, f"{source} doesn't fit the model: it {what} {listed(names)}{reason}")
+    odd = [k for k, v in given.items() if not (v.is_floating_point() and v.float().isfinite().all())]
+    require(not odd, f"{source} doesn't fit the model: not all is a finite floating-point number in {listed(odd)}")
 
 
 @on_model
@@ -763,24 +737,28 @@ def check_fit(source, own, given, optional=()):
 def load_pretrained(model, source):
     """Loads a backbone's weights, strictly. Returns the model.
 
-    source: a file, .safetensors, .pth / .pt / .bin / .ckpt / .tar or .npz (Google's JAX release); a timm name on the Hugging Face
-    hub, "vit_base_patch16_224.orig_in21k", or "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging
-    Face's, behind any prefixes of wrappers; EMA weights come first, as in timm, with a warning. A head stays as it is where the source
-    has none, or one for another number of classes. The position embedding is resized to the model's grid. With global_pool="avg" the
-    source's final norm isn't used: MAE trains a new fc_norm. No code in a file is run. Raises FileNotFoundError, ValueError.
+    source: a .safetensors, .pth / .pt / .bin / .ckpt / .tar or .npz file (Google's JAX release); a name on the Hugging Face hub, timm's or
+    "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging Face's, behind any wrappers' prefix; EMA weights
+    come first, with a warning. A head of other classes is left out, as is the final norm with global_pool="avg" (MAE trains a new fc_norm);
+    the position embedding is resized. No code in a file is run. Raises FileNotFoundError, ValueError.
     """
-    source, weights = read_checkpoint(source)
-    weights = to_timm_names(source, weights)
-    if model.global_pool == "avg":
-        weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
+    source, found = read_checkpoint(source)
+    weights = to_timm_names(source, found)
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
-    for head in ("head", "head_dist")[: model.specials]:
-        if f"{head}.weight" in weights and len(weights[f"{head}.weight"]) != model.num_classes:
-            weights = {k: v for k, v in weights.items() if not k.startswith(f"{head}.")}
+    shapes = {f"{head}.": getattr(weights.get(f"{head}.weight"), "shape", ()) for head in ("head", "head_dist")[: model.specials]}
+    left = [head for head, shape in shapes.items() if shape[1:] == (model.embed_dim,) and shape[0] != model.num_classes]
+    left += ["norm."] if model.global_pool == "avg" else []
+    weights = {k: v for k, v in weights.items() if not k.startswith(tuple(left))}
     position = weights.get("pos_embed", own["pos_embed"])
-    if position.shape != own["pos_embed"].shape and position.shape[-1] == model.embed_dim:
+    resized = position.shape != own["pos_embed"].shape and position.shape[-1:] == (model.embed_dim,)
+    weights |= {"pos_embed": own["pos_embed"]} if resized else {}  # a model of another kind is told first
+    reasons = [f"; it looks like {kind}" for pattern, kind in SIGNS if any(re.search(pattern, name) for name in found)]
+    reasons += ["; is it of another size?" for k in ("cls_token", "patch_embed.proj.weight") if k in weights and weights[k].shape != own[k].shape]
+    reasons += ["; is it a plain ViT?" if len(own.keys() & weights.keys()) < len(own) / 2 else ""]
+    check_fit(source, own, weights, ("head.", "head_dist.", "fc_norm."), reasons[0])
+    if resized:
         weights["pos_embed"] = resize_pos_embed(position, model)
-    check_fit(source, own, weights, optional=("head.", "head_dist.", "fc_norm."))
+        check_fit(source, own, weights, tuple(own))
     for name, value in weights.items():
         own[name].copy_(value)
     return model
@@ -790,85 +768,101 @@ def read_checkpoint(source):
     """load_pretrained's source -> how messages call it, {name: tensor}."""
     if isinstance(source, (nn.Module, Mapping)):
         return "the source", find_weights("the source", source if isinstance(source, Mapping) else unwrap(source).state_dict())
-    path, suffix = os.path.expanduser(source), os.path.splitext(str(source))[1]
-    if suffix not in SUFFIXES:
+    other = first_line(repr(source), 100)
+    require(isinstance(source, (str, os.PathLike)), f"weights must be a file, a name on the hub, a mapping of tensors or a module, not {other}")
+    path = os.path.expanduser(source)  # a link may have the suffix, or what it leads to
+    suffix = next((end for p in (path, os.path.realpath(path)) if (end := os.path.splitext(p)[1].lower()) in SUFFIXES), None)
+    if suffix is None:
         named = not os.path.exists(path) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
         require(named, f"weights must be a {', '.join(SUFFIXES)} file or a name on the hub, not {path!r}")
         from huggingface_hub import hf_hub_download
         try:
             path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
-            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error)}") from error
+            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error, 200)}") from error
         suffix = ".safetensors"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     try:
         if suffix == ".safetensors":
             from safetensors.torch import load_file
-            weights = load_file(path)
+            content = load_file(path)
         elif suffix == ".npz":
             import numpy as np
             with np.load(path, allow_pickle=False) as arrays:
-                weights = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+                content = dict(arrays)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's arguments: data, no code
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or pickled code
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds a {found[1]}, which could run code; save its state dict alone" if found else first_line(error)[:200]
-        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {why}") from error
-    return path, find_weights(path, weights)
+        code = [f"it holds {name}, which could run code: save its state dict alone" for name in re.findall(r"GLOBAL (\S+)", str(error))]
+        why = first_line(error) if isinstance(error, (PermissionError, MemoryError)) else "it is damaged, incomplete or of another kind"
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {code[0] if code else why}") from error
+    return path, find_weights(path, content)
 
 
-def find_weights(source, weights):
-    """The {name: tensor} in a training checkpoint, EMA weights first as in timm."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict"):
-        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
-            if key.endswith("_ema"):
-                warnings.warn(f"{source} holds EMA weights, {key}: they are loaded instead of the last step's", stacklevel=4)
-            weights = weights[key]
-    tensors = isinstance(weights, Mapping) and weights and all(isinstance(v, torch.Tensor) for v in weights.values())
-    require(tensors, f"{source} holds no dictionary of tensors")
-    return dict(weights)
+def find_weights(source, content):
+    """The {name: tensor} in a training checkpoint, EMA weights first as in timm. Raises ValueError."""
+    content = dict(content) if isinstance(content, Mapping) else {}
+    content = {k: torch.as_tensor(v) if getattr(getattr(v, "dtype", 0), "kind", "-") in "fiub" else v for k, v in content.items()}  # NumPy's
+    rest = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta)]
+    if content and not rest:
+        return content
+    held = [k for k in rest if isinstance(content[k], (Mapping, list)) and content[k]]
+    ema = [k for k in ("state_dict_ema", "model_ema", *held) if k in held and "ema" in re.split(r"[\W_]", str(k).lower())]
+    keys = ema + [k for k in ("state_dict", "model", "model_state_dict", "module", "net", "network", "weights") if k in held]
+    require(keys, f"{source} holds no dictionary of tensors" + (f", but {listed(rest)}" if rest else ""))
+    weights = find_weights(f"{source}: {keys[0]}", content[keys[0]])
+    if ema:
+        warnings.warn(f"{source} holds EMA weights, {ema[0]}: they are loaded instead of the last step's", stacklevel=6)
+    return weights
 
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 # Other releases' names -> timm's, applied from top to bottom. timm's own match none of these.
 RENAMES = [
-    (r"^((module|_orig_mod|model|backbone|vit|deit)\.|opt/target/)+", ""),  # wrappers, in any nesting
     # Google's JAX release
     (r"^cls$", "cls_token"), (r"^embedding/", "patch_embed.proj/"), (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
     (r"^Transformer/encoder_norm/", "norm/"), (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"LayerNorm_0/", "norm1/"),
     (r"LayerNorm_2/", "norm2/"), (r"MlpBlock_3/Dense_0/", "mlp.fc1/"), (r"MlpBlock_3/Dense_1/", "mlp.fc2/"), (r"/scale$", ".weight"),
     (r"MultiHead\w+_1/out/", "attn.proj/"), (r"MultiHead\w+_1/(query|key|value)/", r"attn.\1/"), (r"/(kernel|bias)$", r".\1"),
-    # Hugging Face's ViT and DeiT
-    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"),
+    # Hugging Face's ViT and DeiT: as files have it, and as modules have it since transformers 5
+    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"), (r"^layernorm\.", "norm."),
     (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
-    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.output\.dense\.", "attn.proj."),
-    (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^layernorm\.", "norm."),
-    (r"^(cls_)?classifier\.", "head."), (r"^distillation_classifier\.", "head_dist."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
+    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
+    (r"attention\.q_proj\.", "attn.query."), (r"attention\.k_proj\.", "attn.key."), (r"attention\.v_proj\.", "attn.value."),
+    (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^(cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
 ]
-UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token")  # of pre-training; the authors drop them too
+UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
+SIGNS = [  # among a checkpoint's names: why it may not fit
+    (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
+    (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional or hierarchical network"),
+    (r"reg(ister)?_token|ls\d\.|layer_scale|gamma|lambda", "DINOv2, DeiT III, BEiT or CaiT, with layer scale or register tokens"),
+    (r"norm_pre|pre_layrnorm|visual|vision_model|text_|logit_scale|attn_pool|layer_norm1", "CLIP or SigLIP"), (r"decoder", "an autoencoder with its decoder"),
+]
 
 
 def to_timm_names(source, weights):
     """{name: tensor} of any known release -> timm's names and layouts."""
-    renamed = {}
+    prefixes = sorted({found[1] for name in weights if (found := re.fullmatch(r"((?:[^./]+[./])*?)(embeddings\.)?(cls|cls_token)", name))})
+    require(len(prefixes) <= 1, f"{source} holds {len(prefixes)} models, {' and '.join(map(repr, prefixes))}: save one of them alone")
+    parts = re.findall(r"[^./]+[./]", "".join(prefixes))  # of wrappers; a head may stand beside: model.head of model.vit.cls_token
+    prefix, renamed = "^" + "".join(f"({re.escape(part)}" for part in parts) + ")?" * len(parts), {}
     for name, value in weights.items():
-        for pattern, replacement in RENAMES:
+        for pattern, replacement in [(prefix, ""), *RENAMES]:
             name = re.sub(pattern, replacement, name)
         if name.endswith(".kernel") and value.ndim > 1:  # JAX: inputs first, heads apart
             name = name.removesuffix("kernel") + "weight"
             into_heads = value.ndim == 3 and not name.endswith("attn.proj.weight")
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.flatten(1).mT if into_heads else value.flatten(0, -2).mT
-        if re.search(r"attn\.(query|key|value)\.bias$", name):
-            value = value.flatten()
-        require(name not in renamed, f"{source} holds {name} twice, under different prefixes")
+        value = value.flatten() if re.search(r"attn\.(query|key|value)\.bias$", name) else value
+        require(name not in renamed, f"{source} holds {name} twice, under different names")
         renamed[name] = value
     for name in [name for name in renamed if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):
+        if len({renamed[part].shape if part in renamed else None for part in parts}) == 1:
             renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
     return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
 
@@ -878,51 +872,58 @@ def resize_pos_embed(pos_embed, model):
     n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
     grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
     require(n == grid**2 > 0, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
-    specials, patches = pos_embed[:, :model.specials], pos_embed[:, model.specials:]
-    patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=grid)
+    patches = rearrange(pos_embed[:, model.specials:].float(), "1 (y x) c -> 1 c y x", y=grid)
     patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", antialias=True)
-    return torch.cat([specials, rearrange(patches, "1 c y x -> 1 (y x) c").to(specials.dtype)], dim=1)
+    return torch.cat([pos_embed[:, :model.specials], rearrange(patches, "1 c y x -> 1 (y x) c").to(pos_embed.dtype)], dim=1)
 
 
 def frozen(model):
-    """The names and values of the backbone's frozen parameters, sorted."""
-    return [(name, p.detach()) for name, p in sorted(model.named_parameters())
-            if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist.")]
+    """The backbone's frozen parameters, {name: tensor}, sorted."""
+    return {name: p.detach() for name, p in sorted(model.named_parameters())
+            if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist.")}
+
+
+def digest(tensors, dtype=None):
+    """A hash of {name: tensor}, of the values as dtype where one is given."""
+    found = hashlib.sha256()
+    for name, p in tensors.items():
+        found.update(name.encode())
+        found.update(p.to("cpu", dtype or p.dtype).flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def sketch(model):
-    """For float16, whose rounding no hash survives: a projection of the frozen weights, their norm, and their type."""
-    values = torch.cat([torch.zeros(1), *(p.flatten()[:1000].float().cpu() for _, p in frozen(model))])
-    projection = (values @ torch.arange(len(values)).double().cos().float()).item()
-    return {"sketch": json.dumps([projection, values.norm().item()]), "dtype": str(model.pos_embed.dtype)}
+    """A projection of each frozen parameter, and how far rounding may move it, two (parameters,): a hash survives no rounding to float16."""
+    wave = lambda n: torch.arange(1, n + 1).double().cos()
+    flat = [p.cpu().double().reshape(-1, *p.shape[-1:]) for p in frozen(model).values()]
+    values, tolerance = [wave(len(x)) @ x @ wave(x.shape[1]) for x in flat], [5e-3 * x.norm() + 1e-7 * x.numel() ** 0.5 for x in flat]
+    return torch.tensor(values), torch.tensor(tolerance)
 
 
-def same_sketch(a, b):
-    (x, norm), (y, _) = (json.loads(one.get("sketch", "[0, -1]")) for one in (a, b))
-    return "torch.float16" in (a.get("dtype"), b["dtype"]) and abs(x - y) <= 0.01 * norm
+def same_in_float16(metadata, model):
+    """Whether the file's frozen weights are the model's, where one of them is held in float16."""
+    try:
+        theirs, (ours, tolerance) = torch.tensor(json.loads(metadata["sketch"])), sketch(model)
+        return "torch.float16" in (metadata["dtype"], str(model.pos_embed.dtype)) and bool(((theirs - ours).abs() <= tolerance).all())
+    except (KeyError, TypeError, ValueError, RuntimeError):  # an older version's file, another number of parameters, or a damaged file
+        return False
 
 
+@on_model
 def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
     reducers = [block.reducer for block in model.blocks]
     settings = [getattr(reducer, "settings", None) for reducer in reducers]
-    digest = hashlib.sha256()
-    for name, p in frozen(model):
-        digest.update(name.encode())
-        # as bf16 the hash is the same whether the backbone is held in float32 or in bf16
-        digest.update(p.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     fields = dict(
         img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
-        lora_rank=len(getattr(model.blocks[0].attn.qkv, "lora_a", ())), peft=model.peft,
+        lora_rank=len(getattr(model.blocks[0].attn.qkv, "lora_a", ())), peft=model.peft, settings=settings if any(settings) else None,
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
-        r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers],
-        settings=settings if any(settings) else None,
+        r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers], prop_attn=[block.prop_attn for block in model.blocks],
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
-        prop_attn=[block.prop_attn for block in model.blocks],
-        backbone=digest.hexdigest(),
+        backbone=digest(frozen(model), torch.bfloat16),  # the same whether the backbone is held in float32 or in bf16
     )
-    return {k: json.dumps(v) for k, v in fields.items()}
+    return {k: json.dumps(v, default=to_python) for k, v in fields.items()}
 
 
 @on_model
@@ -930,36 +931,37 @@ def save_adapter(model, path):
     """Writes the trained parameters as safetensors, with what they fit in the metadata (see `describe`). Raises ValueError."""
     from safetensors.torch import save
     require(not model.folded, f"{model.folded} was folded into the backbone: save the adapter before folding")
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in sorted(model.named_parameters()) if p.requires_grad}
     require(tensors, "the model has no trained parameters to save")
+    metadata = {**describe(model), "sketch": json.dumps(sketch(model)[0].tolist()), "dtype": str(model.pos_embed.dtype), "digest": digest(tensors)}
+    path = os.path.expanduser(path)
     partial = f"{path}.{os.getpid()}.partial"  # renamed when it is whole: whenever this process is killed, path is complete or as it was
     with open(partial, "wb") as file:
-        file.write(save(tensors, {"format": "pyra-adapter", **describe(model), **sketch(model)}))
+        file.write(save(tensors, {"format": "pyra-adapter", **metadata}))
     os.replace(partial, path)
 
 
 @on_model
 @torch.no_grad()
 def load_adapter(model, path):
-    """Loads what save_adapter wrote into a model with the same backbone, PEFT, reducers and classes. Returns the model.
-
-    Raises FileNotFoundError, or ValueError naming what differs; the model is left as it was then.
-    """
+    """Loads what save_adapter wrote. Returns the model. Raises FileNotFoundError, or ValueError naming what differs; the model is then as it was."""
     from safetensors import safe_open
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no adapter {str(path)!r}")
+        raise FileNotFoundError(f"there is no adapter {path!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in sorted(file.keys())}
     except Exception as error:
         raise ValueError(f"{path} can't be read as a safetensors file: {first_line(error)}") from error
     require(metadata.get("format") == "pyra-adapter", f"{path} is not an adapter that save_adapter wrote")
     for key, value in describe(model).items():
-        same = metadata.get(key, "null") == value or key == "backbone" and same_sketch(metadata, sketch(model))
-        differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {metadata.get(key)}, the model's {value}"
-        require(same, f"{path} doesn't fit the model: {differs}")  # an older version had none of the settings that its file lacks
+        given = metadata.get(key, "null")  # an older version had none of the settings that its file lacks
+        differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {first_line(given)}, the model's {value}"
+        require(given == value or key == "backbone" and same_in_float16(metadata, model), f"{path} doesn't fit the model: {differs}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     check_fit(path, trained, tensors)
+    require(metadata.get("digest") in (None, digest(tensors)), f"{path} is damaged: its numbers are not those that save_adapter wrote")
     for name, p in trained.items():
         p.copy_(tensors[name])
     return model
@@ -977,6 +979,7 @@ def token_counts(model):
     return counts
 
 
+@on_model
 def macs_of_counts(model, counts):
     """Multiply-accumulates of one image's forward pass with so many tokens before the first block and after each; see count_macs."""
     c = model.embed_dim
