@@ -6,11 +6,13 @@ matplotlib and IPython are imported where they are used: notebooks need them, th
 import ast
 import difflib
 import itertools
+import re
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 
+import pyra
 from pyra_lab.images import normalize
 from pyra_lab.methods import METHODS, PEFTS
 from pyra_lab.records import OverSeeds, accuracy_over_seeds
@@ -37,6 +39,9 @@ def check_parameters(namespace, may_be_empty=()):
             raise ValueError(f"{name} needs an entry")
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and expected in ("int", "float"))):
             raise ValueError(f"{name} must be of type {expected}, not {value!r}" + ("; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""))
+        for entry in value if isinstance(value, list) else []:
+            if isinstance(entry, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", entry):
+                raise ValueError(f"{name} has the text {entry!r} where a number belongs: YAML reads 1e-3 as text, and 1.0e-3 as a number")
 
 
 # ---- Words and tables ------------------------------------------------------------------------------------------------
@@ -241,6 +246,7 @@ def learning_curves(results, names):
     plt.show()
 
 
+@pyra.on_model
 @torch.no_grad()
 def merged_tokens(model, images, norm, titles, blocks):
     """Which patches share a token: each is filled with the mean colour of its token, and a line separates tokens. Shows the figure.
