@@ -768,8 +768,7 @@ def read_checkpoint(source):
     """load_pretrained's source -> how messages call it, {name: tensor}."""
     if isinstance(source, (nn.Module, Mapping)):
         return "the source", find_weights("the source", source if isinstance(source, Mapping) else unwrap(source).state_dict())
-    other = first_line(repr(source), 100)
-    require(isinstance(source, (str, os.PathLike)), f"weights must be a file, a name on the hub, a mapping of tensors or a module, not {other}")
+    require(isinstance(source, (str, os.PathLike)), f"weights must be a path, a name on the hub, tensors by name or a module, not {type(source).__name__}")
     path = os.path.expanduser(source)  # a link may have the suffix, or what it leads to
     suffix = next((end for p in (path, os.path.realpath(path)) if (end := os.path.splitext(p)[1].lower()) in SUFFIXES), None)
     if suffix is None:
@@ -838,9 +837,9 @@ RENAMES = [
 UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
 SIGNS = [  # among a checkpoint's names: why it may not fit
     (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
-    (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional or hierarchical network"),
+    (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional network"),
     (r"reg(ister)?_token|ls\d\.|layer_scale|gamma|lambda", "DINOv2, DeiT III, BEiT or CaiT, with layer scale or register tokens"),
-    (r"norm_pre|pre_layrnorm|visual|vision_model|text_|logit_scale|attn_pool|layer_norm1", "CLIP or SigLIP"), (r"decoder", "an autoencoder with its decoder"),
+    (r"norm_pre|pre_layrnorm|visual|text_|logit_scale|attn_pool|layer_norm1", "CLIP or SigLIP"), (r"decoder", "an autoencoder with its decoder"),
 ]
 
 
@@ -869,6 +868,7 @@ def to_timm_names(source, weights):
 
 def resize_pos_embed(pos_embed, model):
     """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
+    model = unwrap(model)
     n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
     grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
     require(n == grid**2 > 0, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")

@@ -15,10 +15,12 @@ from pyra_lab.devices import autocast
 
 def schedule(config, model):
     """Pairs that the config's rate merges in each block of the model: a list of ints. Raises ValueError."""
+    model = pyra.unwrap(model)
     r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, len(model.blocks), model.num_patches)
     return pyra.check_schedule(model, r)
 
 
+@pyra.on_model
 def counts_of_schedule(model, r):
     """Tokens before the first block and after each when merging by the schedule r, clamped as ToMe does it: a list of depth + 1 ints."""
     counts = [model.num_patches + model.specials]
@@ -41,16 +43,19 @@ def alive_mask(size):
     return (number > 0).float() + (size - number) / torch.where(number > 0, number, 1)
 
 
+@pyra.on_model
 def learns_budget(model):
     """Whether the model's reducers learn how many tokens to keep."""
     return any(hasattr(block.reducer, "budget_weight") for block in model.blocks)
 
 
+@pyra.on_model
 def depends_on_image(model):
     """Whether the number of tokens depends on the image: such a model has to be counted and timed on real ones."""
     return any(getattr(block.reducer, "per_image", False) for block in model.blocks)
 
 
+@pyra.on_model
 def forward_counted(model, images):
     """images (b, 3, img_size, img_size) -> logits (b, num_classes), counts (depth + 1, b) float32.
 
@@ -68,6 +73,7 @@ def forward_counted(model, images):
     return model.head(model.pool(pyra.with_sizes(tokens))), torch.stack(counts)
 
 
+@pyra.on_model
 @torch.inference_mode()
 def count_tokens(model, batches, dtype=torch.float32):
     """Tokens before the first block and after each, (depth + 1, images), in evaluation.
@@ -84,6 +90,7 @@ def count_tokens(model, batches, dtype=torch.float32):
     return torch.cat(counts, dim=1)
 
 
+@pyra.on_model
 def mean_macs(model, counts):
     """Multiply-accumulates of a forward pass, as in pyra.count_macs: the mean over the images of counts (depth + 1, images)."""
     counts = counts.cpu().double()  # Apple's GPUs have no float64
@@ -97,6 +104,7 @@ def mean_macs(model, counts):
 # ---- Meeting a budget ------------------------------------------------------------------------------------------------
 
 
+@pyra.on_model
 def budget_loss(model, counts, macs):
     """The loss that brings the model to `macs`: weight ((MACs of counts - macs) / MACs of all blocks of the plain model)^2.
 

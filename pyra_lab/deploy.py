@@ -7,6 +7,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 
+import pyra
 from pyra_lab import files
 from pyra_lab.methods import fold
 
@@ -25,6 +26,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
 
 
+@pyra.on_model
 def pack(model):
     """Prepares a model for a CPU, where nn.Linear rearranges its weight at each call: the same logits, to rounding, for less work.
 
@@ -52,6 +54,7 @@ class FromPixels(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
 
+@pyra.on_model
 def check_export(model, path, mean, std):
     """Raises ValueError for what export_onnx can't write."""
     for name, values in (("mean", mean), ("std", std)):
@@ -69,6 +72,7 @@ def check_export(model, path, mean, std):
             raise ValueError(f"{name} keeps as many tokens as an image needs, but an ONNX graph keeps the same number for every image")
 
 
+@pyra.on_model
 @torch.no_grad()
 def export_onnx(model, path, mean, std):
     """Writes the model for serving without PyTorch: one ONNX file, with normalisation, merging and modulation inside, LoRA folded in.

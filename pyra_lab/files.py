@@ -47,7 +47,7 @@ def lock(file, wait=True):
 
 def lock_file(path):
     """The file whose lock is that of the path: itself, or .lock in a folder, since Windows opens no folders."""
-    return path / ".lock" if path.is_dir() else path
+    return Path(path) / ".lock" if os.path.isdir(path) else Path(path)
 
 
 @contextlib.contextmanager

@@ -41,17 +41,18 @@ def prune_channels(model, keep):
     scaled as before. Raises ValueError.
     """
     check_prunable(model)
-    if not isinstance(keep, (list, tuple)) or len(keep) != len(model.blocks):
+    pairs = pyra.to_python(keep)
+    if not isinstance(pairs, list) or len(pairs) != len(model.blocks):
         raise ValueError(f"keep must be a list with one (heads, units) for each of the {len(model.blocks)} blocks, not {keep!r}")
-    for i, (block, pair) in enumerate(zip(model.blocks, keep)):
+    for i, (block, pair) in enumerate(zip(model.blocks, pairs)):
         most = block.attn.num_heads, block.mlp.fc1.out_features
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(k) is int and 1 <= k <= full for k, full in zip(pair, most)):
-            raise ValueError(f"block {i}: (heads, units) to keep must be integers from (1, 1) to {most}, not {pair!r}")
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(k) is int and 1 <= k <= full for k, full in zip(pair, most)):
+            raise ValueError(f"block {i}: (heads, units) to keep must be integers from (1, 1) to {most}, not {keep[i]!r}")
 
     def choose(norms, k):
         return norms.topk(k).indices.sort().values
 
-    for block, (heads, units) in zip(model.blocks, keep):
+    for block, (heads, units) in zip(model.blocks, pairs):
         attn, mlp, h = block.attn, block.mlp, block.attn.num_heads
         norms = rearrange(attn.qkv.weight.abs(), "(three h d) c -> h (three d c)", three=3, h=h).sum(dim=1)
         norms += rearrange(attn.proj.weight.abs(), "c (h d) -> h (c d)", h=h).sum(dim=1)
@@ -78,6 +79,7 @@ def scale_to_budget(ratios, full, cost, macs):
     return keep
 
 
+@pyra.on_model
 def random_keep(model, flops_ratio, generator):
     """Random (heads, units) to keep in each block, of which count_macs is within 1 % of the model's over flops_ratio.
 

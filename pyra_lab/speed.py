@@ -128,7 +128,7 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         torch.compiler.reset()  # or what earlier calls compiled would be tried first at each batch
     for name, model in models.items():
         model.eval().to(device, dtype)
-        size = getattr(model, "img_size", 224)
+        size = getattr(pyra.unwrap(model), "img_size", 224)
         batch = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
         # fullgraph: what can't be compiled is an error, not a slow model
         forward = torch.compile(model, mode=compile, fullgraph=True, dynamic=False) if compile else model
@@ -203,12 +203,14 @@ class Measured(NamedTuple):
     images_per_second: float
 
 
+@pyra.on_model
 def most_macs_ratio(model, remaining=4):
     """How many times fewer MACs the strongest merging leaves: half of the tokens in every block, down to `remaining` patches."""
     counts = pyra.counts_along(model, math.inf, remaining)
     return pyra.macs_of_counts(model, counts[:1] * len(counts)) / pyra.macs_of_counts(model, counts)
 
 
+@pyra.on_model
 def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0,
                  tries=10):
     """Finds the merging schedule that makes a model as fast as asked for on this device: the supplement's "minor adjustments

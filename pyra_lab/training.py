@@ -282,7 +282,7 @@ def summarise(run, model, plan, history, metrics):
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
     counts = budget.count_tokens(model, (x for x, _ in run.data.test(processes.rank, processes.world)), DTYPES[config.dtype])
-    counts = (processes.gather(counts.T).T if budget.depends_on_image(model) else counts).double()
+    counts = (processes.gather(counts.T).T if budget.depends_on_image(model) else counts).cpu().double()
     means = counts.mean(dim=1).tolist()
     reduced = budget.mean_macs(model, counts)
     macs = reduced + (0 if PEFTS[config.peft].fold else peft_macs(model, means))

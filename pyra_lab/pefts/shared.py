@@ -6,7 +6,8 @@ import pyra
 
 
 def check_scale(scale):
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    number = pyra.to_python(scale)
+    if type(number) not in (int, float) or not 0 < number < math.inf:
         raise ValueError(f"scale must be a finite number greater than 0, not {scale!r}")
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 
 import pyra
@@ -45,7 +46,8 @@ class ATS(nn.Module):
         if tokens.x.shape[1] == self.specials:
             return tokens
         kept = self.sample(qkv, tokens.size)
-        order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :kept.sum(dim=1).amax()]  # padded to the longest of the batch
+        longest = F.pad(kept.sum(dim=1), (0, 1), value=self.specials).amax()  # of the batch, which may be empty
+        order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         return gather_tokens(tokens._replace(size=tokens.size * kept[..., None]), order)
 
     def extra_repr(self):
@@ -67,7 +69,7 @@ def add_ats(model, counts):
     done than `mean_macs` counts. The distillation token is always kept. Returns the model. Raises ValueError.
     """
     check_class_token(model, "ATS")
-    depth = len(model.blocks)
+    depth, counts = len(model.blocks), pyra.to_python(counts)
     if isinstance(counts, int):
         counts = [None] * (depth // 4) + [counts] * (depth - depth // 4)
     if not isinstance(counts, (list, tuple)) or len(counts) != depth:
@@ -78,18 +80,21 @@ def add_ats(model, counts):
     return pyra.set_reducers(model, [None if count is None else ATS(count, model.specials) for count in counts])
 
 
+@pyra.on_model
 def ats_counts(model, r):
     """add_ats's counts such that no block keeps more tokens than the merging schedule r leaves; it may keep fewer. Raises ValueError."""
     r = pyra.check_schedule(model, r)
     return [n if entry else None for entry, n in zip(r, budget.counts_of_schedule(model, r)[1:])]
 
 
+@pyra.on_model
 def scaled_counts(model, config, exponent):
     """ATS draws some patches more than once, so it draws 2**exponent times as many as the merging schedule would leave."""
     counts = ats_counts(model, budget.schedule(config, model))
     return [None if n is None else model.specials + max(1, round((n - model.specials) * 2**exponent)) for n in counts]
 
 
+@pyra.on_model
 def dial(model, config):
     """How many times more tokens are drawn than merging would leave, in all blocks alike. The plan is the counts."""
 

@@ -147,6 +147,7 @@ def add_diffrate(model, granularity=4):
     A merged token's size grows by the sources' similarity, which the published code lets be negative, so that in
     evaluation a size could be; here it is at least 0. Special tokens are always kept. Returns the model. Raises ValueError.
     """
+    granularity = pyra.to_python(granularity)
     if isinstance(granularity, bool) or not isinstance(granularity, int) or not 1 <= granularity <= model.num_patches:
         raise ValueError(f"granularity must be an integer from 1 to {model.num_patches}, not {granularity!r}")
     reducers = []
@@ -173,12 +174,13 @@ def freeze_diffrate(model, rates=None):
     logits are gone. Raises ValueError.
     """
     learned = diffrate_rates(model)
-    rates = learned if rates is None else rates
+    rates = learned if rates is None else pyra.to_python(rates)
     if len(rates) != len(learned) or not all(len(pair) == 2 and all(type(k) is int and 1 <= k <= model.num_patches for k in pair) for pair in rates):
         raise ValueError(f"rates must be one (prune, merge) for each of the {len(learned)} blocks, integers from 1 to {model.num_patches}, not {rates!r}")
     return pyra.set_reducers(model, [FrozenDiffRate(*pair, model.specials) for pair in rates])
 
 
+@pyra.on_model
 def dial(model, config):
     """How far the logits lean towards keeping all patches, in all blocks alike. The plan is the rates."""
     logits = [(p, p.clone(), block.reducer.candidates / model.num_patches) for block in model.blocks for p in block.reducer.parameters()]

@@ -43,8 +43,7 @@ class EViT(nn.Module):
 def check_layers(model, layers):
     """The blocks in which EViT acts, a list: those given, or those at a quarter, half and three quarters. Raises ValueError."""
     depth = len(model.blocks)
-    if layers is None:
-        layers = sorted({depth * i // 4 for i in (1, 2, 3)})
+    layers = sorted({depth * i // 4 for i in (1, 2, 3)}) if layers is None else pyra.to_python(layers)
     if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and 0 <= i < depth for i in layers) or len(set(layers)) < len(layers):
         raise ValueError(f"layers must be a list of different blocks from 0 to {depth - 1}, not {layers!r}")
     return sorted(layers)
@@ -60,12 +59,13 @@ def add_evit(model, keep_rate=0.7, layers=None):
     distillation token is always kept, which in the published code is a patch like any other. Returns the model. Raises ValueError.
     """
     check_class_token(model, "EViT")
-    layers = check_layers(model, layers)
+    layers, keep_rate = check_layers(model, layers), pyra.to_python(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
         raise ValueError(f"keep_rate must be greater than 0 and at most 1, not {keep_rate!r}")
     return pyra.set_reducers(model, [EViT(float(keep_rate), model.specials) if i in layers else None for i in range(len(model.blocks))])
 
 
+@pyra.on_model
 def evit_keep_rate(model, macs, layers=None):
     """The largest keep rate, to 1e-4, with which EViT in `layers` costs at most `macs`, by pyra.count_macs.
 

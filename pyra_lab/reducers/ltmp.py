@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import pyra
 from pyra_lab.budget import Dial, alive_mask
@@ -93,7 +94,7 @@ class LTMP(nn.Module):
             key[:, evens] = 0
         order = key.argsort(dim=1, stable=True)
         if not self.training:
-            order = order[:, :(key < 2).sum(dim=1).amax()]
+            order = order[:, :F.pad((key < 2).sum(dim=1), (0, 1), value=p).amax()]  # a batch may be empty
         return gather_tokens(pyra.Tokens(x.to(tokens.x.dtype), size, remap_source(source, new_index)), order)
 
 
@@ -113,6 +114,7 @@ def add_ltmp(model):
     return pyra.set_reducers(model, [LTMP(model.specials) for _ in model.blocks], attend=attend_with_gradient)
 
 
+@pyra.on_model
 def dial(model, config):
     """What is added to the learned merging thresholds, in all blocks alike. There is no plan: thresholds are in the adapter."""
     thresholds = [(block.reducer.merge_threshold, block.reducer.merge_threshold.item()) for block in model.blocks]
