@@ -46,11 +46,13 @@ class Config:
     lora_rank: int | None = option(None, "LoRA's h; by default the paper's for the backbone")
     peft_dim: int | None = option(None, "the bottleneck of adapter and convpass, by default LoRA's h; FacT's rank, by default its paper's for the task")
     peft_scale: float | None = option(None, "scale of convpass and FacT; by default their papers' for the task")
-    teacher: str | None = option(None, "PE-Dist: a larger backbone, first adapted to the task with LoRA, whose logits are learned too; by default none", BACKBONES)
+    teacher: str | None = option(
+        None, "PE-Dist: a larger backbone, first adapted to the task with LoRA, whose logits are learned too; by default none", BACKBONES)
     teacher_weights: str | None = option(None, "the teacher's weights, as `weights`; by default the teacher's own")
     # how
     epochs: int = option(100, "epochs")
-    second_epochs: int | None = option(None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
+    second_epochs: int | None = option(
+        None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
     warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
     batch_size: int | None = option(None, "images per step, over all devices; by default the paper's for the backbone")
     micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")

@@ -89,7 +89,8 @@ def dump_rows(folder):
     try:
         content = cloudpickle.dumps(added)
     except Exception as error:  # whatever the user's objects raise
-        raise ValueError(f"the rows added to {', '.join(table for table in added if added[table])} can't be sent to other processes: {files.first_line(error)}") from error
+        tables = ", ".join(table for table in added if added[table])
+        raise ValueError(f"the rows added to {tables} can't be sent to other processes: {files.first_line(error)}") from error
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:10]}.pkl"
     files.write_atomically(path, lambda partial: partial.write_bytes(content))

@@ -94,6 +94,7 @@ METHODS = {
 
 def train_all(model, config):
     """MAE's fine-tuning: the whole backbone, with a small head to start from."""
+    pyra.check_peft(model)
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith("head_dist."))  # the class head alone is trained and evaluated

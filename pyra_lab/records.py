@@ -137,7 +137,8 @@ def group_means(accuracies, groups):
 
     As in the paper, Average is the mean of the three group means, not of the 19 tasks.
     """
-    means = {group: statistics.mean(a for name, a in accuracies.items() if groups[name] == group) for group in dict.fromkeys(groups[name] for name in accuracies)}
+    present = dict.fromkeys(groups[name] for name in accuracies)
+    means = {group: statistics.mean(a for name, a in accuracies.items() if groups[name] == group) for group in present}
     return {**means, "Average": statistics.mean(means.values())}
 
 

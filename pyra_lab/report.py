@@ -38,7 +38,8 @@ def check_parameters(namespace, may_be_empty=()):
         if value == [] and name not in may_be_empty:
             raise ValueError(f"{name} needs an entry")
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and expected in ("int", "float"))):
-            raise ValueError(f"{name} must be of type {expected}, not {value!r}" + ("; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""))
+            remedy = "; papermill takes a list with -y 'name: [1, 2]'" if expected == "list" else ""
+            raise ValueError(f"{name} must be of type {expected}, not {value!r}{remedy}")
         for entry in value if isinstance(value, list) else []:
             if isinstance(entry, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", entry):
                 raise ValueError(f"{name} has the text {entry!r} where a number belongs: YAML reads 1e-3 as text, and 1.0e-3 as a number")

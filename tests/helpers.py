@@ -251,23 +251,32 @@ def watch_batches():
 
 
 def rows(names, values):
-    """Like pytest.mark.parametrize, but one test for all rows, as tables of refusals want it. Says which row fails; each has a tmp_path of its own."""
+    """Like pytest.mark.parametrize, but one test for all rows, as tables of refusals want it: runs them all and lists those that fail.
+
+    Each row has a tmp_path and a monkeypatch of its own.
+    """
     names = [name.strip() for name in names.split(",")]
 
     def decorate(test):
         fixtures = [name for name in inspect.signature(test).parameters if name not in names]
 
         def run(**given):
+            failed = []
             for number, row in enumerate(values):
                 own = dict(zip(names, row if len(names) > 1 else [row]))
                 if "tmp_path" in given:
                     own["tmp_path"] = given["tmp_path"] / str(number)
                     own["tmp_path"].mkdir()
-                try:
-                    test(**{**given, **own})
-                except BaseException as error:
-                    error.add_note(f"in row {number}: {row}")
-                    raise
+                with pytest.MonkeyPatch.context() as patch:
+                    if "monkeypatch" in given:
+                        own["monkeypatch"] = patch
+                    try:
+                        test(**{**given, **own})
+                    except (Exception, pytest.fail.Exception) as error:  # the latter is what pytest.raises fails with
+                        failed.append((number, row, error))
+            if failed:
+                lines = [f"row {number}, {str(row)[:200]}\n{type(error).__name__}: {error}" for number, row, error in failed]
+                raise AssertionError("\n\n".join([f"{len(failed)} of {len(values)} rows failed", *lines])) from failed[0][2]
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         run.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in fixtures])

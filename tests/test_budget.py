@@ -106,7 +106,8 @@ def test_a_budget_is_reached(add):
 
 
 @pytest.mark.parametrize("method, add", [
-    (ats, lambda model: ats.add_ats(model, [27, 21, 18])), (ltmp, lambda model: with_thresholds(model, 0.9, 0.0)), (diffrate, lambda model: diffrate.add_diffrate(model, 1)),
+    (ats, lambda model: ats.add_ats(model, [27, 21, 18])), (ltmp, lambda model: with_thresholds(model, 0.9, 0.0)),
+    (diffrate, lambda model: diffrate.add_diffrate(model, 1)),
 ], ids=["ats", "ltmp", "diffrate"])
 def test_a_dial_brings_the_model_to_its_budget(method, add):
     """Whatever it cost before; the plan that is returned makes the same model again."""
@@ -124,8 +125,9 @@ def test_a_dial_brings_the_model_to_its_budget(method, add):
         assert plan is None and {block.reducer.prune_threshold.item() for block in model.blocks} == {0.0}
 
 
-@pytest.mark.parametrize("add, lrs", [(ltmp.add_ltmp, {"merge_threshold": 5e-3, "prune_threshold": 5e-6}), (diffrate.add_diffrate, {"prune_logits": 1e-2, "merge_logits": 1e-2})],
-                         ids=["ltmp", "diffrate"])
+@pytest.mark.parametrize("add, lrs", [
+    (ltmp.add_ltmp, {"merge_threshold": 5e-3, "prune_threshold": 5e-6}), (diffrate.add_diffrate, {"prune_logits": 1e-2, "merge_logits": 1e-2}),
+], ids=["ltmp", "diffrate"])
 def test_what_meets_a_budget_has_learning_rates_of_its_own(add, lrs):
     """And no weight decay: thresholds and logits must not drift towards 0."""
     model = add(pyra.add_lora(tiny(), rank=2))

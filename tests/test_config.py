@@ -10,6 +10,7 @@ import torch
 
 from pyra_lab import backbones, config
 from pyra_lab.config import Config, arguments, parse
+from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What it refuses, without a look at files or devices
@@ -159,8 +160,11 @@ def test_an_id_depends_on_all_that_matters_and_on_nothing_else(monkeypatch):
 
     assert OTHER.keys() == {f.name for f in dataclasses.fields(Config)}
     merging, full = dataclasses.replace(base, method="pyra"), dataclasses.replace(base, method="pyra", peft="full", task="stream:/images")
-    bypass, taught = dataclasses.replace(base, peft="convpass"), dataclasses.replace(base, teacher="vit_base_patch16_224")
-    starts = {"layer_decay": full, "augment": full, "peft_dim": bypass, "peft_scale": bypass, "teacher_weights": taught}  # where the field matters
+    starts = {"augment": full, "teacher_weights": dataclasses.replace(base, teacher="vit_base_patch16_224")}  # where the field matters
+    for name in OPTIONAL:
+        method = next((method for method, row in METHODS.items() if name in row.uses), "pyra")
+        peft = next((peft for peft, row in PEFTS.items() if name in row.uses), "lora")
+        starts[name] = dataclasses.replace(base, method=method, peft=peft)
     ids = [base.id(), merging.id(), full.id(), dataclasses.replace(merging, rate=[1] * 12).id()]
     ids += [dataclasses.replace(starts.get(name, merging), **{name: value}).id() for name, value in OTHER.items() if name != "workers"]
     assert len(set(ids)) == len(ids) == len(OTHER) + 3

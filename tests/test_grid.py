@@ -301,8 +301,9 @@ def test_a_bad_list_is_refused_with_its_line(tmp_path, text, sentence):
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """sbatch(script, number) does what Slurm does with a task of the array, but with a worker that only notes its arguments -> the configs that it was given."""
-    (tmp_path / "worker.py").write_text("import json, os, sys\nwith open(os.environ['PYRA_RUNS'] + '/calls', 'a') as f:\n    f.write(json.dumps(sys.argv[1:]) + chr(10))\n")
+    """sbatch(script, number) does what Slurm does with a task of the array, but its worker only notes its arguments -> the configs given to it."""
+    (tmp_path / "worker.py").write_text(
+        "import json, os, sys\nwith open(os.environ['PYRA_RUNS'] + '/calls', 'a') as f:\n    f.write(json.dumps(sys.argv[1:]) + chr(10))\n")
     monkeypatch.setattr(grid, "WORKER", [sys.executable, str(tmp_path / "worker.py")])
 
     def sbatch(script, number):
@@ -326,7 +327,8 @@ def test_slurm_script(sbatch, tmp_path, monkeypatch):
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
     assert [line for line in lines if line.startswith("#SBATCH")] == [
-        "#SBATCH --job-name=pyra", "#SBATCH --array=0-3%2", f'#SBATCH --output="{here}/runs/logs/%x-%A_%a.log"', "#SBATCH --open-mode=append", "#SBATCH --requeue"]
+        "#SBATCH --job-name=pyra", "#SBATCH --array=0-3%2",
+        f'#SBATCH --output="{here}/runs/logs/%x-%A_%a.log"', "#SBATCH --open-mode=append", "#SBATCH --requeue"]
     assert any(line.startswith("export ") and "'PYRA_DATA=/a b/data'" in line for line in lines)
     assert (here / "runs" / "logs").is_dir()
     assert [sbatch(script, i) for i in range(4)] == [[c] for c in [training.first_stage(configs[2]), *configs]]

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import forbidden, write_image
+from helpers import forbidden, rows, write_image
 from PIL import Image
 
 from pyra_lab import images
@@ -140,7 +140,7 @@ def test_images_in_memory_of_every_mode():
     assert "transparency" in converted.info and images.to_rgb(converted).getpixel((0, 0)) == BLACK
 
 
-@pytest.mark.parametrize("name, content, sentence", [
+@rows("name, content, sentence", [
     ("float.tif", encode(grey(0.5, np.nan, dtype=np.float32), "TIFF"), r"its values are signed or of 32 bits \(mode F\), without a known black and white"),
     ("whole.tif", encode(grey(5, 70000, dtype=np.int32), "TIFF"), r"its values are signed or of 32 bits \(mode I\)"),
     ("signed.tif", tiff(16, 1, struct.pack("<hh", -5, 300), kind=2), r"its values are signed or of 32 bits \(mode I\)"),

@@ -5,7 +5,7 @@ import unicodedata
 from collections import Counter
 
 import pytest
-from helpers import write_image
+from helpers import rows, write_image
 
 from pyra_lab import layouts
 
@@ -120,9 +120,11 @@ REFUSED = {
     "an empty class": (["a: 9", "b: x.txt"], "b holds no images: no file in it is of a format that Pillow reads$"),
     "two of a part": (["train/a: 9", "train/b: 9", "val/a: 2", "val/b: 2", "valid: 2"], "holds val/ and valid/, which both mean val/"),
     "flat parts": (["train: 9", "test: 9"], "(train|test) has no sub-folders"),
-    "some classes in parts": (["a/train: 9", "a/val: 9", "b/train: 9", "b: 2"], "has parts inside classes \\(train/, val/\\), but b/ holds train/ and images: put train/ and val/"),
+    "some classes in parts": (["a/train: 9", "a/val: 9", "b/train: 9", "b: 2"],
+                              r"has parts inside classes \(train/, val/\), but b/ holds train/ and images: put train/ and val/"),
     "parts deep in a class": (["a: 9", "b: 9", "b/x/val: 2"], "b/x/val is called like a part of the tree, but lies inside a class"),
-    "classes below others": (["art/cat: 9", "art/dog: 9", "clip/cat: 9", "clip/dog: 9"], r"art holds images in several sub-folders only \(cat, dog\): if those"),
+    "classes below others": (["art/cat: 9", "art/dog: 9", "clip/cat: 9", "clip/dog: 9"],
+                             r"art holds images in several sub-folders only \(cat, dog\): if those"),
     "parts of other names": (["seg_train: 9", "seg_test: 9"], "holds seg_test, seg_train: name them train/ and val/ or test/ if they are parts"),
     "one folder twice": (["train/a: 9", "train/b: 9", "test -> train"], "test/a and .*train/a are the same folder: remove one of the links$"),
     "links in a circle": (["a: 9", "b: 9", "a/x -> ../b", "b/y -> ../a"], "a/x and .*b are the same folder"),
@@ -130,7 +132,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("lines, sentence", REFUSED.values(), ids=REFUSED)
+@rows("lines, sentence", REFUSED.values())
 def test_trees_that_are_refused(tmp_path, lines, sentence):
     write_files(tmp_path, *lines)
     with pytest.raises(ValueError, match=sentence):

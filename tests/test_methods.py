@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONE, ONE_STEP, R, ROOT, batch, rows, tiny, trained
+from helpers import BACKBONE, ONE_STEP, R, ROOT, batch, count_flops, rows, tiny, trained
 from safetensors.torch import load_file
 
 import pyra
-from pyra_lab import Config, Method, Peft, budget, build_model, config, epochs, fold, load_run, methods, pruning, recorded, run
+from pyra_lab import Config, Method, Peft, budget, build_model, config, epochs, evaluation, fold, load_run, methods, pruning, recorded, run
 from pyra_lab.methods import METHODS, PEFTS
 from pyra_lab.pefts import adapter, fact, snf
+from pyra_lab.pefts.shared import peft_macs
 from pyra_lab.reducers import diffrate, ltmp
 
 ADAPTERS = Path(__file__).parent / "golden" / "adapters"
@@ -30,14 +31,15 @@ METHOD_CASES = {
     "diffrate": dict(plan=[[36, 36], [25, 20], [30, 18]]),
     "rap": dict(plan=[[2, 20], [1, 48], [2, 11]]),
 }
-# The same per PEFT, together with PYRA; and whether it folds into the weights.
+# The same per PEFT, together with PYRA; whether it folds into the weights; and, with ToMe, what it multiplies element by element, which
+# PyTorch's counter leaves out. Tokens before each block's merging: 37, 27 and 21; after it: 27, 21 and 18; channels: 24.
 PEFT_CASES = {
     "lora": dict(folds=True),
     "adapter": dict(),
     "convpass": dict(),
     "fact_tt": dict(folds=True),
     "fact_tk": dict(folds=True),
-    "snf": dict(),
+    "snf": dict(uncounted=24 * (37 + 27 + 21) + 24 * (27 + 21 + 18)),
     "full": dict(),
 }
 CASES = [(method, "lora") for method in METHOD_CASES] + [("pyra", peft) for peft in PEFT_CASES if peft != "lora"]
@@ -83,7 +85,9 @@ def test_a_row_trains_saves_loads_and_folds(tmp_path, method, peft):
         learns = p.requires_grad and not name.startswith(idle)
         assert (p.grad is not None and bool(p.grad.any())) == learns, name
         assert torch.equal(p, start[name]) != learns, name
-    assert sum(methods.count_trained(model).values()) == sum(p.numel() for p in trained(model).values())
+    counts = methods.count_trained(model)
+    assert sum(counts.values()) == sum(p.numel() for p in trained(model).values())
+    assert counts["backbone" if PEFTS[peft].trains_backbone else "peft"] > 0  # only what has peft_ in its name is trained and saved
 
     pyra.save_adapter(model.eval(), tmp_path / "a.safetensors")
     fresh = build_model(c, 5, case.get("plan")).eval()
@@ -97,12 +101,43 @@ def test_a_row_trains_saves_loads_and_folds(tmp_path, method, peft):
     assert not folded.folded or {name for name in folded.state_dict() if ".reducer." not in name} == tiny().state_dict().keys()
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "rate" in row.uses and row.plan is None and row.dial is None])
+@rows("method", [name for name, row in METHODS.items() if "rate" in row.uses and row.plan is None and row.dial is None])
 def test_a_method_without_plan_or_dial_meets_its_budget_as_it_is_built(method):
     """From the start, within 5 %."""
     c = small_config(method)
     model = build_model(c, 5)
     assert pyra.count_macs(model) == pytest.approx(budget.target_macs(c, model), rel=0.05)
+
+
+@rows("method", METHOD_CASES)
+def test_a_method_leaves_as_many_tokens_as_it_says(method):
+    """After each block: by tokens_after, or image by image, where padding of size 0 doesn't count."""
+    model = build_model(small_config(method), 5, METHOD_CASES[method].get("plan")).eval()
+    images, left = batch(), [model.forward_tokens(batch(), depth) for depth in range(4)]
+    assert all(((-1 <= tokens.source) & (tokens.source < tokens.x.shape[1])).all() for tokens in left)
+    if budget.depends_on_image(model):
+        assert torch.equal(budget.forward_counted(model, images)[1], torch.stack([(tokens.size > 0).sum(dim=(1, 2)) for tokens in left]).float())
+    else:
+        assert pyra.token_counts(model) == [tokens.x.shape[1] for tokens in left]
+
+
+@rows("peft", [name for name, row in PEFTS.items() if row.fold is None])
+def test_a_pefts_operations_are_what_pytorch_counts(peft):
+    """Without a `macs(n)` on its modules, a PEFT that can't be folded in would look as cheap as LoRA."""
+    model = build_model(small_config("tome", peft), 5)
+    beyond = count_flops(model, batch(1)) - count_flops(pyra.add_tome(tiny(), R), batch(1))
+    assert peft_macs(model) == beyond + PEFT_CASES[peft].get("uncounted", 0)
+
+
+@rows("peft", PEFTS)
+def test_a_model_takes_one_peft(peft):
+    """Whichever comes first."""
+    row, c = PEFTS[peft], small_config(peft=peft).resolved()
+    with pytest.raises(ValueError, match="the model has LoRA already, and takes one PEFT"):
+        row.add(pyra.add_lora(tiny()), c)
+    if not row.trains_backbone:  # that leaves nothing but what is trained
+        with pytest.raises(ValueError, match="takes one PEFT"):
+            pyra.add_lora(row.add(tiny(), c))
 
 
 @rows("method, peft", CASES)
@@ -183,9 +218,14 @@ class Shift(torch.nn.Module):
         return tokens._replace(x=tokens.x + self.shift)
 
 
+def shifting(reducer=Shift, **fields):
+    """A row whose reducers shift."""
+    return Method("Shift", "shifts", lambda model, c, plan: pyra.set_reducers(model, [reducer() for _ in model.blocks]), **fields)
+
+
 def test_a_reducer_with_a_trained_parameter_needs_its_class_and_its_row(monkeypatch, task, tmp_path):
     """It trains at its own learning rate, without decay, is recorded as the reducer's, and comes back with the adapter."""
-    monkeypatch.setitem(METHODS, "shift", Method("Shift", "shifts", lambda model, c, plan: pyra.set_reducers(model, [Shift() for _ in model.blocks]), frozenset({"s"})))
+    monkeypatch.setitem(METHODS, "shift", shifting(uses=frozenset({"s"})))
     c = Config(task=task, method="shift", s=2, **ONE_STEP)
     assert c.resolved().s == 2 and c.resolved().rate == "high"  # what it uses, and what it doesn't
     groups = {group["name"]: group for group in epochs.make_optimizer(build_model(c, 3), c.resolved()).param_groups}
@@ -208,16 +248,40 @@ def test_a_peft_added_at_run_time(monkeypatch, task, tmp_path):
     c = Config(task=task, method="tome", peft="bitfit", **ONE_STEP)
     result = run(c, tmp_path, progress=False)
     model = load_run(result)
-    assert {name for name in trained(model)} == {name for name, _ in model.named_parameters() if name.startswith("head.") or name.startswith("blocks.") and name.endswith("bias")}
+    biases = {name for name, _ in model.named_parameters() if name.startswith("blocks.") and name.endswith("bias")}
+    assert trained(model).keys() == biases | {"head.weight", "head.bias"}
     assert dataclasses.replace(c, lora_rank=7).id() == c.id()
 
 
-@pytest.mark.parametrize("table, row", [(METHODS, Method("Lost", "forgets to return", lambda model, c, plan: None)), (PEFTS, Peft("Lost", "forgets to return", lambda model, c: None))],
-                         ids=["method", "peft"])
-def test_add_must_return_the_model(monkeypatch, table, row):
-    monkeypatch.setitem(table, "lost", row)
-    with pytest.raises(ValueError, match="add of Lost must return the model, not None"):
-        build_model(small_config(**{"method" if table is METHODS else "peft": "lost"}), 5)
+class Unwritable(Shift):
+    """Its settings are no JSON."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = dict(shift=self.shift)
+
+
+BROKEN = [  # table, name, row, what the sentence says
+    (METHODS, "shift", shifting(torch.nn.Identity), r"the Identity of Shift needs a method tokens_after\(n\): see pyra.Block$"),
+    (METHODS, "shift", shifting(Unwritable), "the settings of Shift's Unwritable must be JSON: Object of type Parameter is not JSON serializable$"),
+    (METHODS, "shift", shifting(uses=frozenset({"ratio"})), "Shift uses ratio: uses may name dropout, layer_decay, .*, s$"),
+    (METHODS, "lost", Method("Lost", "forgets to return", lambda model, c, plan: None), "add of Lost must return the model, not None$"),
+    (PEFTS, "lost", Peft("Lost", "forgets to return", lambda model, c: None), "add of Lost must return the model, not None$"),
+    (PEFTS, "none", Peft("None", "does nothing", lambda model, c: model, frozenset({"width"})), "None uses width: uses may name dropout, .*, s$"),
+    (evaluation.METRICS, "mean", lambda logits, labels: 1 / 0, "metric mean gives no number or list of numbers: ZeroDivisionError"),
+    (evaluation.METRICS, "mean", lambda logits, labels: logits.mean(), "metric mean gives no number or list of numbers: TypeError: Object of type Tensor"),
+    (evaluation.METRICS, "loss", lambda logits, labels: 0.5, "a metric can't be called loss: the history of a run has that name already$"),
+]
+
+
+@rows("table, name, row, sentence", BROKEN)
+def test_a_broken_row_is_refused_before_a_run(monkeypatch, task, tmp_path, table, name, row, sentence):
+    """In a sentence, and nothing is written."""
+    monkeypatch.setitem(table, name, row)
+    fields = dict(method=name) if table is METHODS else dict(peft=name) if table is PEFTS else {}
+    with pytest.raises(ValueError, match=sentence):
+        run(Config(task=task, **ONE_STEP, **fields), tmp_path / "runs", progress=False)
+    assert not (tmp_path / "runs").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,7 +291,8 @@ def test_add_must_return_the_model(monkeypatch, table, row):
 @pytest.mark.parametrize("name, add", [
     ("pyra-lora", lambda model: pyra.add_pyra(pyra.add_lora(model, rank=2), R)),
     ("ltmp-snf", lambda model: ltmp.add_ltmp(snf.add_snf(model))),
-    ("diffrate-fact_tk", lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(fact.add_fact(model, "tk", rank=4, scale=10)), [(36, 36), (25, 20), (30, 9)])),
+    ("diffrate-fact_tk", lambda model: diffrate.freeze_diffrate(
+        diffrate.add_diffrate(fact.add_fact(model, "tk", rank=4, scale=10)), [(36, 36), (25, 20), (30, 9)])),
     ("rap-adapter", lambda model: adapter.add_adapter(pruning.prune_channels(model, [(2, 20), (1, 48), (3, 7)]), dim=4)),
 ])
 def test_adapters_of_the_first_version_still_load(name, add):

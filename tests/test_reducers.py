@@ -254,7 +254,8 @@ def test_another_reducer_takes_its_place(reducer):
     (lambda model: diffrate.add_diffrate(model, 0), "granularity must be an integer from 1 to 36, not 0"),
     (lambda model: diffrate.add_diffrate(model, 37), "granularity must be an integer from 1 to 36, not 37"),
     (lambda model: diffrate.diffrate_rates(model), "the model has no DiffRate: add_diffrate adds it"),
-    (lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(copy.deepcopy(model)), [(3, 0)] * 3), r"rates must be one \(prune, merge\) for each of the 3 blocks"),
+    (lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(copy.deepcopy(model)), [(3, 0)] * 3),
+     r"rates must be one \(prune, merge\) for each of the 3 blocks"),
     (lambda model: budget.budget_loss(model, torch.ones(4, 2), 1e6), "no reducer of the model learns how many tokens to keep"),
     (lambda model: pyra.count_macs(ats.add_ats(copy.deepcopy(model), 20)), "ATS keeps as many tokens as each image needs"),
     (lambda model: pyra.token_counts(ltmp.add_ltmp(copy.deepcopy(model))), "LTMP keeps as many tokens as each image needs"),
@@ -390,7 +391,8 @@ def test_convpass_reads_zero_where_a_patch_is_gone():
 
 def test_evit_ladders_and_macs_of_the_paper():
     """After blocks 3, 6 and 9, and in units of 1e9 MACs."""
-    for keep_rate, ladder, macs in ((0.9, [197, 179, 163, 148], 4.02), (0.8, None, 3.48), (0.7, [197, 140, 100, 72], 3.03), (0.6, None, 2.64), (0.5, [197, 100, 52, 28], 2.31)):
+    for keep_rate, ladder, macs in (
+            (0.9, [197, 179, 163, 148], 4.02), (0.8, None, 3.48), (0.7, [197, 140, 100, 72], 3.03), (0.6, None, 2.64), (0.5, [197, 100, 52, 28], 2.31)):
         model = evit.add_evit(on_meta("vit_small_patch16_224"), keep_rate)
         counts = pyra.token_counts(model)
         assert ladder is None or [counts[i] for i in (3, 4, 7, 10)] == ladder

@@ -53,8 +53,10 @@ def test_good_parameters_pass(changed):
 @pytest.mark.parametrize("changed, sentence", [
     ({"In": ["# Parameters\nsed = 4\n"]}, "there is no parameter 'sed'; did you mean seeds"),
     ({"In": ["# Parameters\nrank = 4\n"]}, "there is no parameter 'rank'; the parameters are s, lr, task, seeds, fast"),
-    ({"s": "4"}, "s must be of type int, not '4'"), ({"s": 1.0}, "s must be of type int"), ({"s": True}, "s must be of type int"), ({"lr": "1e-3"}, "lr must be of type float"),
-    ({"fast": 1}, "fast must be of type bool"), ({"seeds": 0}, "seeds must be of type list, not 0; papermill takes a list with -y"), ({"seeds": []}, "seeds needs an entry"),
+    ({"s": "4"}, "s must be of type int, not '4'"), ({"s": 1.0}, "s must be of type int"), ({"s": True}, "s must be of type int"),
+    ({"lr": "1e-3"}, "lr must be of type float"),
+    ({"fast": 1}, "fast must be of type bool"), ({"seeds": 0}, "seeds must be of type list, not 0; papermill takes a list with -y"),
+    ({"seeds": []}, "seeds needs an entry"),
 ], ids=str)
 def test_wrong_parameters_are_named(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -69,9 +71,11 @@ def test_a_list_may_be_allowed_to_be_empty():
 
 
 def test_table_aligns_numbers_fills_gaps_and_escapes_bars():
-    rows = [{"": "a|b", "n": 1234, "x": 2.345, "accuracy": OverSeeds(50.0, 1.25, 3)}, {"": "c", "x": None, "accuracy": OverSeeds(51.0, 0.0, 1), "late": True}]
+    rows = [{"": "a|b", "n": 1234, "x": 2.345, "accuracy": OverSeeds(50.0, 1.25, 3)},
+            {"": "c", "x": None, "accuracy": OverSeeds(51.0, 0.0, 1), "late": True}]
     assert report.markdown_table(rows, {"x": "+.2f"}).splitlines() == [
-        "|  | n | x | accuracy | late |", "| --- | ---: | ---: | ---: | ---: |", "| a\\|b | 1,234 | +2.35 | 50.0 ± 1.2 | – |", "| c | – | – | 51.0 | True |"]
+        "|  | n | x | accuracy | late |", "| --- | ---: | ---: | ---: | ---: |",
+        "| a\\|b | 1,234 | +2.35 | 50.0 ± 1.2 | – |", "| c | – | – | 51.0 | True |"]
 
 
 def test_table_knows_the_formats_of_columns_that_many_tables_have(said):
@@ -110,7 +114,8 @@ def test_every_method_has_a_colour_of_its_own_and_a_new_row_gets_the_next(monkey
 
 def points(n):
     rng = np.random.default_rng(0)
-    return [dict(method=method, label=f"{METHODS[method].title}, a label", accuracy=over_seeds([float(a), float(a) + 1][: 1 + i % 2]), macs=95.0, speed=float(s))
+    return [dict(method=method, label=f"{METHODS[method].title}, a label", accuracy=over_seeds([float(a), float(a) + 1][: 1 + i % 2]), macs=95.0,
+                 speed=float(s))
             for i, (method, a, s) in enumerate(zip(list(METHODS)[:n], rng.uniform(50, 60, n), rng.uniform(100, 300, n)))]
 
 

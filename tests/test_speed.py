@@ -69,7 +69,8 @@ def test_benchmark_compares_within_rounds(monkeypatch):
 def test_benchmark_compiles(monkeypatch):
     """Every model whole and in the mode asked for; more models than torch.compile keeps variants of one function."""
     asked, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: asked.append(kwargs) or compile(model, backend="eager", fullgraph=True, dynamic=kwargs["dynamic"]))
+    eagerly = lambda model, **kwargs: asked.append(kwargs) or compile(model, backend="eager", fullgraph=True, dynamic=kwargs["dynamic"])
+    monkeypatch.setattr(torch, "compile", eagerly)
 
     class Power(torch.nn.Module):
         def __init__(self, n):
@@ -182,7 +183,8 @@ def test_fit_schedule_meets_what_is_measured(machine, asked):
 @rows("asked, sentence", [
     (dict(speedup=2, tries=0), "tries must be at least 1 and tolerance greater"), (dict(speedup=2, batch_size=0), "batch_size and rounds must be at least 1"),
     (dict(speedup=2, images_per_second=3), "one of speedup and images_per_second"), (dict(speedup="fast"), "one of speedup"),
-    (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"), (dict(images_per_second=99), "must be greater than the 100 images/s of the model without merging, not 99"),
+    (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"),
+    (dict(images_per_second=99), "must be greater than the 100 images/s of the model without merging, not 99"),
     (dict(speedup=50), r"target 50x is unreachable: it needs 50x fewer MACs, and merging gives at most 8\.\d+x"),
     (dict(images_per_second=5000), "target 5000 images/s is unreachable: it needs 50x fewer MACs"),
 ])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, forbidden, quiet, write_image, write_lists, write_tree
+from helpers import SHARED, forbidden, quiet, rows, write_image, write_lists, write_tree
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -328,7 +328,7 @@ class Flipping(Own):
 GOOD, IMAGE = noise(6, 0), noise(1, 0)[0][0]
 
 
-@pytest.mark.parametrize("data, sentence", [
+@rows("data, sentence", [
     (Own(GOOD), r"data is of type Own, not a pair: pass \(train, test\), two Datasets of \(image, label\)"),
     ((Endless(), GOOD), "the train Dataset, of type Endless, lacks __len__.*: pass a map-style Dataset"),
     ((GOOD, iter(GOOD)), "the test Dataset, of type list_iterator, lacks __len__ and __getitem__: pass a map-style Dataset"),

@@ -30,7 +30,8 @@ def add_adapter(model, dim=8, dropout=0.1):
     """Adapter (Houlsby et al., ICML 2019) as NOAH and PYRA use it: one per block, in series after the MLP, with its own skip.
 
     dim: the bottleneck. dropout: inside it, in training. The weights start as Xavier has it, not at zero, so training does not
-    start at the pre-trained model; the published code re-initialises them to a truncated normal, 0.02. Freezes the backbone. Returns the model. Raises ValueError.
+    start at the pre-trained model; the published code re-initialises them to a truncated normal, 0.02. Freezes the backbone.
+    Returns the model. Raises ValueError.
     """
     pyra.check_peft(model, dropout, dim=dim)
     for block in model.blocks:

@@ -13,7 +13,8 @@ import pyra
 
 def check_class_token(model, name):
     if model.global_pool != "token":
-        raise ValueError(f"{name} ranks patches by the class token's attention, and a model with global_pool={model.global_pool!r} does not classify that token")
+        raise ValueError(f"{name} ranks patches by the class token's attention, and a model with global_pool={model.global_pool!r} does not "
+                         "classify that token")
 
 
 def remap_source(source, new_index):
