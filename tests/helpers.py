@@ -50,6 +50,22 @@ def tiny(seed=0, **kwargs):
     return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
 
 
+def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
+    """A small ViT with LoRA and a reducer, in eval mode, every parameter random."""
+    model = pyra.VisionTransformer(**{**TINY, **kwargs})
+    if lora:
+        pyra.add_lora(model, rank=2)
+    if method == "tome":
+        pyra.add_tome(model, R[:len(model.blocks)])
+    elif method == "pyra":
+        pyra.add_pyra(model, R[:len(model.blocks)], s=s)
+    return randomise(model, seed).eval()
+
+
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
 def batch(b=3, img_size=24, seed=0):
     return torch.randn(b, 3, img_size, img_size, generator=torch.Generator().manual_seed(100 + seed))
 
