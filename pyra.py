@@ -711,8 +711,8 @@ def layers_above(name, depth):
 
 
 def first_line(error, most=300):
-    """The first line of an exception's message, or of any other text, at most so many characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:most]
+    """The first line of an exception's message, or of any other text, without a terminal's commands."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", (str(error).splitlines() or [type(error).__name__])[0][:most])
 
 
 def listed(names):
@@ -757,7 +757,7 @@ def load_pretrained(model, source):
     reasons += ["; is it a plain ViT?" if len(own.keys() & weights.keys()) < len(own) / 2 else ""]
     check_fit(source, own, weights, ("head.", "head_dist.", "fc_norm."), reasons[0])
     if resized:
-        weights["pos_embed"] = resize_pos_embed(position, model)
+        weights["pos_embed"] = resize_pos_embed(model, position)
         check_fit(source, own, weights, tuple(own))
     for name, value in weights.items():
         own[name].copy_(value)
@@ -866,9 +866,9 @@ def to_timm_names(source, weights):
     return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
 
 
-def resize_pos_embed(pos_embed, model):
+@on_model
+def resize_pos_embed(model, pos_embed):
     """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
-    model = unwrap(model)
     n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
     grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
     require(n == grid**2 > 0, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")

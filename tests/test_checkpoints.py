@@ -610,6 +610,7 @@ def test_adapters_between_number_types(tmp_path, writer, reader):
     (lambda metadata, tensors: tensors.update({"head.bias": tensors["head.bias"].double()}), "is damaged: its numbers are not those"),
     (lambda metadata, tensors: tensors.update({"head.bias": tensors["head.bias"].long()}), "not all is a finite floating-point number in head.bias"),
     (lambda metadata, tensors: metadata.update(s="two\nlines" + 500 * "x"), "its s is two, the model's 1"),
+    (lambda metadata, tensors: metadata.update(s="\x1b[31mred" + 500 * "x"), r"its s is \?\[31mredx+, the model's 1"),
     (lambda metadata, tensors: metadata.update(backbone="0", dtype="torch.float16", sketch="[1, 2"), "another backbone"),
     (lambda metadata, tensors: metadata.update(backbone="0", dtype="torch.float16", sketch='["a"]'), "another backbone"),
 ])

@@ -8,7 +8,8 @@ import pytest
 from helpers import rows
 import torch
 
-from pyra_lab import backbones, config
+import pyra
+from pyra_lab import backbones, budget, config, devices
 from pyra_lab.config import Config, arguments, parse
 from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 
@@ -48,6 +49,26 @@ def test_refused_in_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)) as error:
         Config(**{"epochs": 3, **fields})
     assert "\n" not in str(error.value) and not str(error.value).endswith(".")
+
+
+def test_apples_gpu(monkeypatch):
+    """Allowed where torch has it, with what it lacks said; float32 there."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device mps was requested, but PyTorch finds no Apple GPU here"):
+        devices.check_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="device mps is untested: results are not reproducible bit for bit there, and peak memory is not recorded"):
+        devices.check_device("mps")
+    assert Config(device="mps").resolved().dtype == "float32"
+
+
+def test_a_ratio_is_the_same_schedule_on_the_command_line_and_in_the_library():
+    with torch.device("meta"):
+        model = pyra.create_model("vit_base_patch16_224")
+        for rate in ("2", "1.05", "2.1", "3.4"):
+            r = budget.schedule(parse(["--rate", rate, "--backbone", "vit_base_patch16_224"]), model)
+            assert r == pyra.merge_schedule(float(rate))
+            pyra.add_pyra(model, r)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_write_atomically(tmp_path):
     assert path.read_text() == "old" and list_names(tmp_path) == ["file"]
     files.write_atomically(path, lambda partial: partial.write_text("new"))
     assert path.read_text() == "new" and list_names(tmp_path) == ["file"]
+
+
+def test_a_system_without_locks_locks_nothing(tmp_path, monkeypatch):
+    """Windows: neither fcntl nor folders that can be opened. Runs start, though two processes may do the same one."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for path in (tmp_path, str(tmp_path), tmp_path / "file"):
+        with files.file_lock(path) as locked:
+            assert locked is False
+    assert list_names(tmp_path) == [".lock", "file"] and all(file.is_file() for file in tmp_path.iterdir())
 
 
 def hold_lock(path, messages):

@@ -431,6 +431,21 @@ def test_forward_is_repeatable_and_per_image(method):
     assert same(torch.cat([model(image[None]) for image in batch()]), logits)
 
 
+@rows("modulated, pool", [(False, "token"), (True, "token"), (False, "avg")])
+@torch.no_grad()
+def test_float16_holds_large_groups_of_large_activations(modulated, pool):
+    """197 tokens of 600 are a sum beyond float16; their mean isn't."""
+    x = (600 + torch.randn(1, 197, 8, generator=torch.Generator().manual_seed(0))).half()
+    size = torch.ones(1, 197, 1).index_fill(1, torch.arange(1, 99), 197.0)
+    matching = pyra.match(torch.randn(1, 197, 4, generator=torch.Generator().manual_seed(1)), 98)
+    modulate = (lambda src, dst: pyra.modulate(src, dst, torch.ones(98, 1), torch.full((1, 8), 0.1))) if modulated else None
+    merged, expected = (pyra.merge(pyra.Tokens(tokens, size, torch.arange(197)[None]), matching, modulate).x for tokens in (x, x.float()))
+    assert merged.dtype == torch.float16 and same(merged, expected, rtol=1e-3)
+    model = pyra.add_tome(tiny(global_pool=pool), 100)
+    model.pos_embed.mul_(500 / model.pos_embed.abs().max())
+    assert same(copy.deepcopy(model).half()(batch().half()), model(batch()), rtol=0.02)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedules and cost
 
@@ -495,6 +510,17 @@ def test_every_merge_schedule_can_be_satisfied(depth):
             pyra.add_pyra(model, r)
             pyra.add_pyra(distilled, r)
     assert clamped > 10
+
+
+@rows("r", [np.int64(3), np.array(3), torch.tensor(3), np.array(R), torch.tensor(R), tuple(R), [np.int32(entry) for entry in R], range(3, 0, -1)])
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path, r):
+    """In schedules and sizes, and in the adapter's file."""
+    model = pyra.add_pyra(pyra.add_lora(pyra.VisionTransformer(**{**TINY, "embed_dim": np.int64(24)}), rank=np.int64(2)), r, s=np.int64(2))
+    expected = [3, 3, 3] if np.ndim(r) == 0 else list(map(int, r))
+    assert [block.reducer.r for block in model.blocks] == expected and all(type(block.reducer.r) is int for block in model.blocks)
+    pyra.save_adapter(model, tmp_path / "a")
+    pyra.load_adapter(model, tmp_path / "a")
+    assert pyra.merge_schedule(np.float32(2), tokens=np.int64(196)) == pyra.merge_schedule(2)
 
 
 def test_solve_schedule_constant_at_ratio_2():
@@ -947,6 +973,12 @@ def test_models_in_bfloat16(s):
     (lambda: pyra.add_pyra(tiny(), [10, 6, 11]), "block 2: 11 pairs can't merge, 21 tokens are left and at most 10 pairs can"),
     (lambda: pyra.add_pyra(tiny(distilled=True), [18, 10, 0]), "block 1: 10 pairs can't merge, 20 tokens are left and at most 9 pairs can"),
     (lambda: pyra.add_pyra(tiny(), 13), "block 1: 13 pairs can't merge, 24 tokens are left and at most 11 pairs can"),
+    *[(functools.partial(lambda r: pyra.add_tome(tiny(), r), r), message) for r, message in (
+        (np.array([3.0, 2.0, 1.0]), "block 0: r must be an integer of at least 0, not 3.0"),
+        (torch.tensor([True] * 3), "block 0: r must be an integer.* not True"),
+        (np.ones((3, 1), int), r"block 0: r must be an integer.* not \[1\]"),
+        (np.array([1, 2]), "the schedule has 2 entries"), ({1, 2, 3}, "a list.* not {1, 2, 3}"),
+    )],
     (lambda: pyra.read_checkpoint("/nowhere/weights"), "weights must be a .safetensors, .pth, .* file or a name on the hub"),
     (lambda: pyra.read_checkpoint(HERE), "weights must be a .safetensors, .pth, .* file or a name on the hub"),
     (lambda: pyra.read_checkpoint("a name"), "weights must be .* not 'a name'"),

@@ -4,6 +4,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +237,39 @@ def test_another_reducer_takes_its_place(reducer):
     assert torch.equal(model(batch()), pyra.add_tome(tiny(), R)(batch()))
     assert model.state_dict().keys() == tiny().state_dict().keys()
     assert all(block.attn.attend is pyra.attend and block.prop_attn for block in model.blocks)
+
+
+@rows("reducer", [*REDUCERS, "tome", "pyra"])
+def test_an_empty_batch(reducer):
+    for peft in (None, *PEFTS):
+        model = reduced(reducer, peft) if reducer in REDUCERS else pyra.add_pyra(tiny(), R) if reducer == "pyra" else pyra.add_tome(tiny(), R)
+        for training in (False, True):
+            logits, counts = budget.forward_counted(model.train(training), batch()[:0])
+            assert logits.shape == (0, 5) and counts.shape == (4, 0)
+
+
+@rows("reducer", REDUCERS)
+@torch.no_grad()
+def test_float16_holds_large_activations(reducer):
+    """Activations of hundreds, averaged over large groups, stay finite and as near to float32 as float16 allows."""
+    model, images = reduced(reducer).eval(), batch().half().float()
+    model.pos_embed.mul_(500 / model.pos_embed.abs().max())
+    for p in model.parameters():
+        p.copy_(p.half())
+    expected, found = model.forward_tokens(images), copy.deepcopy(model).half().forward_tokens(images.half())
+    assert expected.x.abs().max() > 300 and found.x.isfinite().all() and found.x.dtype == torch.float16
+    assert (found.x[:, 0].float() - expected.x[:, 0]).abs().max() < 5e-3 * expected.x.abs().max()
+
+
+@rows("add", [
+    lambda model: ats.add_ats(model, np.int64(20)), lambda model: ats.add_ats(model, np.array([30, 20, 10])),
+    lambda model: evit.add_evit(model, np.float32(0.5), np.array([0, 1])),
+    lambda model: diffrate.add_diffrate(model, np.int64(4)),
+    lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(model), np.array([(36, 20), (18, 10), (9, 5)])),
+])
+def test_numbers_of_numpy_are_numbers(tmp_path, add):
+    pyra.save_adapter(add(tiny()), tmp_path / "a")
+    pyra.load_adapter(add(tiny()), tmp_path / "a")
 
 
 @rows("call, message", [

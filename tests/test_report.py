@@ -56,7 +56,7 @@ def test_good_parameters_pass(changed):
     ({"s": "4"}, "s must be of type int, not '4'"), ({"s": 1.0}, "s must be of type int"), ({"s": True}, "s must be of type int"),
     ({"lr": "1e-3"}, "lr must be of type float"),
     ({"fast": 1}, "fast must be of type bool"), ({"seeds": 0}, "seeds must be of type list, not 0; papermill takes a list with -y"),
-    ({"seeds": []}, "seeds needs an entry"),
+    ({"seeds": []}, "seeds needs an entry"), ({"seeds": [1, "1e-3"]}, "seeds has the text '1e-3' where a number belongs: YAML reads 1e-3 as text"),
 ], ids=str)
 def test_wrong_parameters_are_named(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
