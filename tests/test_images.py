@@ -111,7 +111,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("content, pixels", FILES.values(), ids=FILES)
+@rows("content, pixels", list(FILES.values()))
 def test_files_of_all_kinds_are_read_as_a_viewer_shows_them(tmp_path, content, pixels):
     (tmp_path / "image").write_bytes(content)
     image = images.read_image(tmp_path / "image")

@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from helpers import ROOT, write_class_folders
+from helpers import ROOT, rows, write_class_folders
 
 from pyra_lab import Config
 from pyra_lab.grid import read_grid
@@ -127,7 +127,7 @@ def test_committed_as_run_once_from_top_to_bottom(path):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@rows("path", NOTEBOOKS)
 def test_parameters_are_literals_with_a_meaning(path):
     source = next(cell.source for cell in code_cells(path.stem) if "parameters" in cell.metadata.get("tags", []))
     for line in source.splitlines():
@@ -135,7 +135,7 @@ def test_parameters_are_literals_with_a_meaning(path):
     assert len(papermill.inspect_notebook(path)) == len(source.splitlines())
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@rows("path", NOTEBOOKS)
 def test_has_the_skeleton_and_no_table_made_by_hand(path):
     cells = read(path.stem).cells
     assert 8 <= len(cells) <= 14 and all(f"**{word}**" in cells[0].source for word in ("Question.", "Expected.", "Cost."))
@@ -148,7 +148,7 @@ def test_every_notebook_is_tried_and_in_the_readme():
     assert CASES.keys() == names == {name for row in rows for name in re.findall(r"\(notebooks/(\w+)\.ipynb\)", row)}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "paper").glob("*.yaml")), ids=lambda path: path.stem)
+@rows("path", sorted((ROOT / "notebooks" / "paper").glob("*.yaml")))
 def test_paper_settings_are_parameters(path):
     known = papermill.inspect_notebook(path.parents[1] / f"{path.stem}.ipynb")
     for name, value in yaml.safe_load(path.read_text()).items():
