@@ -607,7 +607,7 @@ def check_peft(model, dropout=0.0, **sizes):
     require(0 <= dropout < 1, f"dropout must be at least 0 and less than 1, not {dropout!r}")
     lora = any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks)
     present = model.peft["name"] if model.peft else "LoRA" if lora else None
-    require(not present, f"the model has {present} already, and takes one PEFT: fold that one in first")
+    require(not present, f"the model has {present} already, and takes one PEFT: fold that one in, or build another model")
 
 
 @on_model
@@ -687,8 +687,8 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_de
     """
     kinds = {"decay": dict(lr=lr, weight_decay=weight_decay), "no_decay": dict(lr=lr, weight_decay=0.0),
              "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay)}
-    for block in model.blocks:
-        kinds |= {name: dict(lr=own, weight_decay=0.0) for name, own in getattr(block.reducer, "lrs", {}).items()}
+    for name, own in [pair for block in model.blocks for pair in getattr(block.reducer, "lrs", {}).items()]:
+        require(kinds.setdefault(name, new := dict(lr=own, weight_decay=0.0)) == new, f"lrs has two learning rates for {name}: rename one")
     groups = {kind: {} for kind in kinds}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -861,6 +861,16 @@ def test_bf16_autocast(s, kwargs):
     assert sum(bool(grad.any()) for grad in grads.values()) >= len(grads) - 2
 
 
+def test_a_learning_rate_of_a_reducers_own_is_one_per_name():
+    """Two blocks that differ, or the name of one of the other groups: refused, where one of them would be lost in silence."""
+    for lrs in ([{"w_d": 0.1}, {"w_d": 0.2}], [{"decay": 0.1}, {}]):
+        model = adapted()
+        for block, own in zip(model.blocks, lrs):
+            block.reducer.lrs = own
+        with pytest.raises(ValueError, match="lrs has two learning rates for (w_d|decay): rename one"):
+            pyra.param_groups(model)
+
+
 def test_drop_path():
     """In training it drops a branch of part of the samples and scales the rest; in evaluation it does nothing."""
     model = tiny(drop_path_rate=0.4)
