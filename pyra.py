@@ -956,7 +956,7 @@ def load_adapter(model, path):
         raise ValueError(f"{path} can't be read as a safetensors file: {first_line(error)}") from error
     require(metadata.get("format") == "pyra-adapter", f"{path} is not an adapter that save_adapter wrote")
     for key, value in describe(model).items():
-        given = metadata.get(key, "null")  # an older version had none of the settings that its file lacks
+        given = metadata.get(key, "null")  # a setting that an older version's file lacks counts as null
         differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {first_line(given)}, the model's {value}"
         require(given == value or key == "backbone" and same_in_float16(metadata, model), f"{path} doesn't fit the model: {differs}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

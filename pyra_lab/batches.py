@@ -40,6 +40,8 @@ def chunks_of_epoch(n, batch, parts, seed, rank, world):
 
 
 class Data(NamedTuple):
+    """The images of a run, ready for the device."""
+
     n: int  # training images
     train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
     test: Callable  # (rank, world) -> this process's batches of the images to evaluate on

@@ -84,7 +84,7 @@ def make_loss(model, config, num_classes):
 
 
 class Steps(NamedTuple):
-    """How an epoch is cut up."""
+    """How an epoch is divided."""
 
     batch: int  # images per step, over all processes
     steps: int  # per epoch
@@ -92,6 +92,7 @@ class Steps(NamedTuple):
 
 
 def cut_epoch(config, n, world):
+    """The Steps of an epoch of n images. A small task is one batch, of as many images as the processes can share equally."""
     batch = min(config.batch_size, n // world * world)
     return Steps(batch, n // batch, math.ceil(batch // world / (config.micro_batch or batch)))
 

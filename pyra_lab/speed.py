@@ -43,6 +43,8 @@ COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 
 
 class Speed(NamedTuple):
+    """What `benchmark` measures of a model."""
+
     images_per_second: float  # median over the rounds
     lowest: float
     highest: float
@@ -197,6 +199,8 @@ def check_target(speedup, images_per_second, tolerance, tries):
 
 
 class Measured(NamedTuple):
+    """What `fit_schedule` has measured of a schedule so far."""
+
     schedule: list
     rounds: int
     speedup: float  # the mean over these rounds

@@ -47,10 +47,10 @@ class Task:
     path: Path | None    # the task's folder; None for a task without one
 
 
-def warn_of_absent(has, used, num_classes, classes, stacklevel):
-    """Warns, by name, of classes without an image to train on: labels that start at 1, or have gaps. `has` is who has none, and the verb."""
+def warn_of_absent(subject, used, num_classes, classes, stacklevel):
+    """Warns, by name, of classes without an image to train on: labels that start at 1, or have gaps. subject: what lacks them."""
     if absent := [classes[label] if classes else label for label in range(num_classes) if label not in used]:
-        warnings.warn(f"{has} no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}", stacklevel=stacklevel)
+        warnings.warn(f"{subject} has no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}", stacklevel=stacklevel)
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def read_list_task(name, path):
     if len(used) < 2:
         raise ValueError(f"{lists['train800val200']} has no label but {used.pop()}: a task needs at least 2 classes")
     if name not in VTAB:  # of those SUN397 must miss some
-        warn_of_absent(f"{lists['train800val200']} has", used, num_classes, classes, stacklevel=4)
+        warn_of_absent(f"{lists['train800val200']}", used, num_classes, classes, stacklevel=4)
     return Task(name, num_classes, classes if len(classes) == num_classes else (), group, path)
 
 
@@ -304,7 +304,7 @@ def own_task(data, img_size):
     num_classes = 1 + max(int(part.max()) for part in labels.values())
     classes = getattr(datasets["train"], "classes", ())
     classes = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) and len(classes) == num_classes else ()
-    warn_of_absent("the train Dataset has", members, num_classes, classes, stacklevel=3)
+    warn_of_absent("the train Dataset", members, num_classes, classes, stacklevel=3)
     held_out = dict(zip(("train800", "val200"), layouts.hold_out(members, seed=1)))
 
     def load(split, img_size=img_size):
