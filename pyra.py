@@ -895,9 +895,9 @@ def digest(tensors, dtype=None):
 def sketch(model):
     """A projection of each frozen parameter, and how far rounding may move it, two (parameters,): a hash survives no rounding to float16."""
     wave = lambda n: torch.arange(1, n + 1).double().cos()
-    flat = [p.cpu().double().reshape(-1, *p.shape[-1:]) for p in frozen(model).values()]
-    values, tolerance = [wave(len(x)) @ x @ wave(x.shape[1]) for x in flat], [5e-3 * x.norm() + 1e-7 * x.numel() ** 0.5 for x in flat]
-    return torch.tensor(values), torch.tensor(tolerance)
+    flat = (p.cpu().double().reshape(-1, *p.shape[-1:]) for p in frozen(model).values())  # one at a time: doubles are large
+    pairs = [(wave(len(x)) @ x @ wave(x.shape[1]), 5e-3 * x.norm() + 1e-7 * x.numel() ** 0.5) for x in flat]
+    return torch.tensor([value for value, _ in pairs]), torch.tensor([tolerance for _, tolerance in pairs])
 
 
 def same_in_float16(metadata, model):

@@ -12,12 +12,7 @@ from pathlib import Path
 
 import pyra
 from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED
-from pyra_lab.devices import (
-    DTYPES,
-    check_device_name,
-    default_device,
-    has_fast_bfloat16,
-)
+from pyra_lab.devices import DTYPES, check_device_name, default_device, has_fast_bfloat16
 from pyra_lab.images import NORMS
 from pyra_lab.layouts import SPLITS
 from pyra_lab.methods import METHODS, OPTIONAL, PEFTS

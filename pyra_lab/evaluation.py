@@ -49,5 +49,5 @@ def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
         labels.append(y)
     if not labels:  # more processes than images
         logits, labels = [torch.zeros(0, model.num_classes)], [torch.zeros(0, dtype=torch.int64)]
-    logits, labels = processes.gather(torch.cat(logits)).cpu(), processes.gather(torch.cat(labels)).cpu()  # Apple's GPUs have no float64
+    logits, labels = processes.gather(torch.cat(logits)), processes.gather(torch.cat(labels))
     return {name: metric(logits, labels) for name, metric in METRICS.items()}

@@ -153,7 +153,7 @@ def label_points(ax, points, fontsize=7.5):
     A thin line connects a label that has to stand further away. Call it last: it needs the final limits of the axes.
     """
     from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering()  # settles the layout
+    ax.figure.draw_without_rendering()  # computes the layout
     frame, pixels = ax.get_window_extent(), ax.figure.dpi / 72
     marks = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [Bbox.from_extents(u - 3 * pixels, v - 3 * pixels, u + 3 * pixels, v + 3 * pixels) for u, v in marks]

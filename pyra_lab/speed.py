@@ -24,13 +24,7 @@ import pyra
 from pyra_lab.batches import sample_indices
 from pyra_lab.config import Config
 from pyra_lab.deploy import pack
-from pyra_lab.devices import (
-    DTYPES,
-    autocast,
-    check_device,
-    default_device,
-    has_fast_bfloat16,
-)
+from pyra_lab.devices import DTYPES, autocast, check_device, default_device, has_fast_bfloat16
 from pyra_lab.epochs import cast_frozen, make_optimizer
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, fold
@@ -132,7 +126,7 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
         model.eval().to(device, dtype)
         size = getattr(pyra.unwrap(model), "img_size", 224)
         batch = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
-        # fullgraph: what can't be compiled is an error, not a slow model
+        # fullgraph: an operation that can't be compiled raises, instead of making the model slow
         forward = torch.compile(model, mode=compile, fullgraph=True, dynamic=False) if compile else model
         calls[name] = functools.partial(forward, batch.to(device, dtype))
     # to torch.compile our models are variants of one function, and it stops after eight

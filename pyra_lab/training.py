@@ -25,14 +25,7 @@ import pyra
 from pyra_lab import backbones, batches, budget, files, methods, tasks
 from pyra_lab.config import Config
 from pyra_lab.devices import DTYPES, check_device
-from pyra_lab.epochs import (
-    check_loss,
-    cut_epoch,
-    prepare_training,
-    read_state,
-    save_state,
-    train,
-)
+from pyra_lab.epochs import check_loss, cut_epoch, prepare_training, read_state, save_state, train
 from pyra_lab.evaluation import check_metrics, evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs

@@ -29,7 +29,7 @@ def peft_macs(model, counts=None):
 
     counts: tokens before the first block and after each, where they are not the model's `pyra.token_counts`.
 
-    For what can't be folded in, Adapter, Convpass and SNF, and for FacT until it is folded in. LoRA counts as folded in: 0.
+    Adapter, Convpass and SNF can't be folded in; FacT counts until it is, and LoRA always counts as folded in: 0.
     Activations, biases and the gathering and averaging of Convpass's patches are left out, and FacT's products Sigma U, which
     are computed once per batch.
     """

@@ -9,14 +9,7 @@ import torch.nn.functional as F
 import pyra
 from pyra_lab import budget
 from pyra_lab.budget import alive_mask
-from pyra_lab.reducers.shared import (
-    attend_with_gradient,
-    attention_rows,
-    gather_tokens,
-    remap_source,
-    size_with_gradient,
-    straight_through,
-)
+from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
 
 
 def sort_by_attention(tokens, qkv, specials):

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 
 import pyra
 from pyra_lab.budget import Dial, alive_mask
-from pyra_lab.reducers.shared import (
-    attend_with_gradient,
-    attention_rows,
-    gather_tokens,
-    remap_source,
-    size_with_gradient,
-    straight_through,
-)
+from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
 
 TEMPERATURE = 0.1
 
