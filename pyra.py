@@ -95,6 +95,7 @@ PAPER_SCHEDULES = {
     ("low", 24): [8] * 23 + [6],
     ("high", 24): [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
 }
+MAC_RATIOS = {"low": 2.002, "high": 3.463}  # of ViT-B merged by these lists, with a head of 100 classes
 
 
 def check_flops_ratio(flops_ratio):
@@ -119,17 +120,19 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]
 
 
-def merge_schedule(rate, depth=12, tokens=196):
+def merge_schedule(rate, depth=12, tokens=196, dim=768):
     """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block. Raises ValueError.
 
-    rate: "low" or "high", the paper's lists for 196 patches (Table 5; depth 12 or 24); or a float, Eq. (1) for F/f = rate, except that
-    at most half of the patches that are left merge (`solve_macs` meets a ratio of operations exactly).
+    rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_macs` finds
+    for their ratio of operations on a ViT dim wide; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge.
     """
     if isinstance(rate, str):
-        require(rate in ("low", "high"), f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
-        require((rate, depth) in PAPER_SCHEDULES and tokens == 196, f"the paper's {rate!r} schedule is for depths 12 and 24 and 196 patches, "
-                                                                    f"not {depth!r} and {tokens!r}; pass a number for Eq. (1)")
-        return list(PAPER_SCHEDULES[rate, depth])
+        require(rate in MAC_RATIOS, f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
+        if (rate, depth) in PAPER_SCHEDULES and tokens == 196:
+            return list(PAPER_SCHEDULES[rate, depth])
+        with torch.device("meta"):
+            model = VisionTransformer(img_size=(1, tokens), patch_size=1, embed_dim=dim, num_heads=1, depth=depth, num_classes=0)
+        return solve_macs(model, MAC_RATIOS[rate])
     r, left = [], to_python(tokens)
     for entry in solve_schedule(depth, tokens, flops_ratio=rate):
         r.append(min(entry, most_merges(left, 0)))
@@ -178,6 +181,9 @@ def solve_macs(model, flops_ratio, remaining=4):
 # ---- Tokens: what flows through the blocks ---------------------------------------------------------------------------
 
 
+SPECIALS = ("cls_token", "dist_token", "reg_token")  # in front of the patches, in this order
+
+
 class Tokens(NamedTuple):
     x: torch.Tensor  # (b, n, c) special tokens first
     size: torch.Tensor | None  # (b, n, 1) float32: how many tokens each one stands for; None: one each; 0: dead
@@ -193,6 +199,11 @@ class QKV(NamedTuple):
     q: torch.Tensor  # (b, h, n, d)
     k: torch.Tensor
     v: torch.Tensor
+    unrotated: torch.Tensor | None = None  # k before RoPE, where there is one
+
+    def metric(self):
+        """What tokens are compared by: the heads' mean key (b, n, d), before RoPE, after which equal patches that are far apart look unlike."""
+        return (self.k if self.unrotated is None else self.unrotated).mean(dim=1)
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -216,15 +227,15 @@ def with_update(linear, update):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear map plus a low-rank update: y = W x + b + B A dropout(x). On qkv A (rank, c) is shared by q, k and v, as in the paper."""
+    """A frozen linear map plus a low-rank update: y = W x + b + scale B A dropout(x). On qkv A (rank, c) is shared by q, k and v, as in the paper."""
 
-    def __init__(self, linear, rank, dropout=0.0):
+    def __init__(self, linear, rank, dropout=0.0, scale=1.0):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
-        self.dropout = dropout
+        self.dropout, self.scale = dropout, scale
         self.train(linear.training)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
@@ -234,12 +245,12 @@ class LoRALinear(nn.Linear):
             low = F.linear(torch.where(drop_mask(x, self.dropout), x, 0), self.lora_a) / (1 - self.dropout)
         else:
             low = F.linear(x, self.lora_a)
-        return y + F.linear(low, self.lora_b)
+        return y + F.linear(low, self.lora_b) * self.scale
 
     @torch.no_grad()
     def folded(self):
-        """The plain nn.Linear whose weight is W + B A."""
-        return with_update(self, self.lora_b.float() @ self.lora_a.float())
+        """The plain nn.Linear whose weight is W + scale B A."""
+        return with_update(self, self.scale * self.lora_b.float() @ self.lora_a.float())
 
 
 # ---- Matching, merging, modulation -----------------------------------------------------------------------------------
@@ -256,31 +267,30 @@ def most_merges(n, specials):
 
 
 def similarities(metric, specials=1):
-    """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf for special tokens."""
+    """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf for the first `specials` tokens."""
     with torch.autocast(metric.device.type, enabled=False):  # in bf16 many would be equal
         metric = F.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].mT
-    scores[:, 0] = -math.inf  # the class token is even token 0
-    if specials == 2:
-        scores[:, :, 0] = -math.inf  # the distillation token is odd token 0
+    for i in range(specials):
+        scores.select(1 + i % 2, i // 2).fill_(-math.inf)
     return scores
 
 
 def match(metric, r, specials=1):
     """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
 
-    metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: 1 (class token) or 2 (class and distillation
-    token), which stay, in front. No gradient flows through the matching. Returns a Matching.
+    metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: how many tokens stay in front and never merge (class
+    token, registers). No gradient flows through the matching. Returns a Matching.
     """
     b, n, _ = metric.shape
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
-    src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: the class token comes first
+    src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: special tokens come first
+    n_even, n_odd = (specials + 1) // 2, specials // 2  # special tokens among the even and the odd ones
 
-    odd = torch.arange(1, n, 2, device=metric.device).expand(b, -1)
-    dst, p = partner.gather(1, src) + unmerged.shape[1], specials - 1
-    # a distillation token moves up to second place; nothing merges into it, so no other odd token's place changes
-    return Matching(torch.cat([2 * unmerged[:, :1], odd[:, :p], 2 * unmerged[:, 1:], odd[:, p:], 2 * src], dim=1), dst)
+    front, odd = (torch.arange(*ends, device=metric.device).expand(b, -1) for ends in ((specials,), (2 * n_odd + 1, n, 2)))
+    dst = partner.gather(1, src) + unmerged.shape[1]  # nothing merges into the odd special tokens: that they move to the front shifts no dst
+    return Matching(torch.cat([front, 2 * unmerged[:, n_even:], odd, 2 * src], dim=1), dst)
 
 
 def rows(index, n):
@@ -356,7 +366,7 @@ class ToMe(nn.Module):
         return n - min(self.r, most_merges(n, self.specials))
 
     def match(self, qkv):
-        metric, n = qkv.k.mean(dim=1), qkv.k.shape[2]  # (b, n, d) the mean key of the heads
+        metric, n = qkv.metric(), qkv.k.shape[2]
         return match(metric, n - self.tokens_after(n), self.specials)
 
     def forward(self, tokens, qkv):
@@ -403,10 +413,38 @@ def attend(qkv, size=None):
     bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
     if qkv.q.device.type == "cpu" and (torch.is_grad_enabled() or qkv.q.dtype == torch.bfloat16):
         # on a CPU the fused kernel's backward takes two to five times as long as these lines, and in bf16 its forward 1.1 to 1.6 times
-        q, k, v = (t.contiguous() for t in qkv)
+        q, k, v = (t.contiguous() for t in qkv[:3])
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+    return F.scaled_dot_product_attention(*qkv[:3], attn_mask=bias)
+
+
+class RoPE(nn.Module):
+    """DINOv3's rotary positions: turns pairs of channels of q and k by angles that grow with a token's place. Special tokens stay as they are.
+
+    A merged token's place is the mean of its patches', each a point in [-1, 1]^2: our reading, since neither DINOv3 nor ToMe says. Averaging
+    the places' sines and cosines instead would shrink q and k.
+    """
+
+    def __init__(self, grid, specials):
+        super().__init__()
+        centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))
+        self.register_buffer("side", torch.tensor(grid), persistent=False)  # integers, so that a model in bf16 computes the same angles
+        self.register_buffer("place", torch.cat([self.side.expand(specials, 2), centres]), persistent=False)  # (n0, 2)
+
+    def forward(self, qkv, source):
+        b, h, n, d = qkv.k.shape
+        place = F.pad(self.place / self.side - 1, (0, 1), value=1.0).expand(b, -1, -1)  # (b, n0, 3): y, x, and 1, which counts patches
+        total = place.new_zeros(b, n + 1, 3).scatter_add(1, repeat(torch.where(source < 0, n, source), "b n -> b n 3"), place)[:, :n]
+        frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=place.device) * 4 / d)
+        angle = rearrange(total[..., :2, None] / total[..., 2:, None].clamp(min=1) * frequency, "b n two f -> b 1 n (two f)")
+        cos, sin = angle.cos(), angle.sin()
+
+        def rotate(x):
+            u, v = x.float().chunk(2, dim=-1)
+            return torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1).to(x.dtype)
+
+        return QKV(rotate(qkv.q), rotate(qkv.k), qkv.v, unrotated=qkv.k)
 
 
 class Attention(nn.Module):
@@ -424,14 +462,45 @@ class Attention(nn.Module):
         return self.proj(rearrange(self.attend(qkv, size), "b h n d -> b n (h d)"))
 
 
+def quick_gelu(x):
+    return x * (1.702 * x).sigmoid()
+
+
+def swiglu(x):
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
+ACTS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "swiglu": swiglu}
+
+
 class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, act="gelu"):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, 2 * hidden if act == "swiglu" else hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.act = ACTS[act]
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling, (b, n, c) -> (b, c): a learned query attends to all tokens, to each as often as its size; then an MLP."""
+
+    def __init__(self, dim, num_heads, hidden, eps, act):
+        super().__init__()
+        self.num_heads, self.attend = num_heads, attend
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, hidden, act)
+
+    def forward(self, x, size):
+        q, (k, v) = self.q(self.latent).expand(x.shape[0], -1, -1), self.kv(x).chunk(2, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in (q, k, v))
+        x = self.proj(rearrange(self.attend(QKV(q, k, v), size), "b h 1 d -> b (h d)"))
+        return x + self.mlp(self.norm(x))
 
 
 def residual(tokens, u, branch):
@@ -457,13 +526,14 @@ class Block(nn.Module):
     - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, drop_path_rate=0.0):
+    def __init__(self, dim, num_heads, hidden, drop_path_rate=0.0, eps=1e-6, act="gelu", rope=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
+        self.rope = rope
         self.drop_path_rate = drop_path_rate
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, hidden, act)
         self.peft_attn = self.peft_mlp = residual
         self.reducer = None
         self.prop_attn = True  # proportional attention: weigh each key by its size
@@ -471,7 +541,7 @@ class Block(nn.Module):
     def forward(self, tokens):
         rate = self.drop_path_rate if self.training else 0.0
         u = self.norm1(tokens.x)
-        qkv = self.attn.project(u)
+        qkv = self.attn.project(u) if self.rope is None else self.rope(self.attn.project(u), tokens.source)
         branch = drop_path(self.attn(qkv, tokens.size if self.prop_attn else None), rate)
         tokens = tokens._replace(x=self.peft_attn(tokens, u, branch))
         if self.reducer is not None:
@@ -481,56 +551,72 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al., 2021) with timm's parameter names.
+    """ViT (Dosovitskiy et al., 2021) and those after it that differ little, with timm's parameter names and, where timm has one, its word for a switch.
 
-    img_size, patch_size: pixels. distilled: DeiT's second special token and head. global_pool: "token" (the class token's output is
-    classified) or "avg" (MAE's fine-tuning: the patches' mean, each weighted by its size, then fc_norm). drop_path_rate: of the last block;
-    it rises linearly from 0. num_classes = 0: no head, the logits are the pooled features. Raises ValueError.
+    img_size: pixels, or (height, width). patch_size: pixels. drop_path_rate: of the last block; it rises linearly from 0. num_classes = 0: no
+    head, the logits are the pooled features. What the families differ in:
+    - class_token; distilled: DeiT's second special token and head; reg_tokens: registers. In this order they are in front and never merge;
+    - global_pool: "token" (the class token's output is classified), "avg" (the patches' mean, each weighted by its size, with MAE's fc_norm
+      after it, or with fc_norm=False the final norm before it) or "map" (SigLIP's attention pooling);
+    - pre_norm: CLIP's norm before the first block; eps: of all norms; act: of the MLPs, a name in ACTS; rope: see RoPE.
+    LayerScale is no switch: `load_pretrained` folds it into the weights. Raises ValueError.
     """
 
-    def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 num_classes=1000, distilled=False, global_pool="token", drop_path_rate=0.0):
+    def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, num_classes=1000, distilled=False,
+                 global_pool="token", drop_path_rate=0.0, class_token=True, reg_tokens=0, fc_norm=True, pre_norm=False, eps=1e-6, act="gelu", rope=False):
         super().__init__()
-        sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        img_size, patch_size, embed_dim, depth, num_heads = (check_integer(name, value) for name, value in sizes.items())
-        num_classes = check_integer("num_classes", num_classes, least=0)
-        require(img_size % patch_size == 0, f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        pair = isinstance(img_size, (list, tuple)) and len(img_size) == 2
+        sides = [check_integer("img_size", side) for side in (img_size if pair else [img_size] * 2)]
+        sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        patch_size, embed_dim, depth, num_heads = (check_integer(name, value) for name, value in sizes.items())
+        num_classes, reg_tokens = check_integer("num_classes", num_classes, least=0), check_integer("reg_tokens", reg_tokens, least=0)
+        require(not any(side % patch_size for side in sides), f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        require(global_pool in ("token", "avg"), f"global_pool must be 'token' or 'avg', not {global_pool!r}")
+        require(not rope or embed_dim // num_heads % 4 == 0, f"rope needs heads as wide as a multiple of 4, not {embed_dim // num_heads}")
+        require(global_pool in ("token", "avg", "map"), f"global_pool must be 'token', 'avg' or 'map', not {global_pool!r}")
+        require(class_token or not distilled and global_pool != "token", "without a class token, global_pool must be 'avg' or 'map', and distilled False")
+        require(act in ACTS, f"act must be one of {', '.join(ACTS)}, not {act!r}")
         require(0 <= drop_path_rate < 1, f"drop_path_rate must be at least 0 and less than 1, not {drop_path_rate!r}")
-        self.img_size, self.patch_size, self.embed_dim, self.num_classes = img_size, patch_size, embed_dim, num_classes
-        self.distilled, self.global_pool = distilled, global_pool
-        self.num_patches = (img_size // patch_size) ** 2
-        self.specials = 2 if distilled else 1
+        self.img_size, self.grid = sides[0] if sides[0] == sides[1] else sides, [side // patch_size for side in sides]
+        self.patch_size, self.embed_dim, self.num_classes, self.distilled, self.global_pool = patch_size, embed_dim, num_classes, distilled, global_pool
+        self.num_patches, self.specials = math.prod(self.grid), class_token + distilled + reg_tokens
+        given = dict(class_token=class_token, reg_tokens=reg_tokens, fc_norm=fc_norm, pre_norm=pre_norm, eps=eps, act=act, rope=rope)
+        self.variant = {k: v for k, v in given.items() if v != VisionTransformer.__init__.__kwdefaults__[k]}  # for `describe`
         self.checkpoint = False  # in training: keep a block's input alone, and compute the block again in the backward pass
+        self.layer_scale = False  # whether LayerScale is folded into the weights
         self.peft = None  # a PEFT other than LoRA: its name and sizes, for `describe`
         self.folded = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if distilled:
-            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + self.num_patches, embed_dim))
+        for name, count in dict(cls_token=int(class_token), dist_token=int(distilled), reg_token=reg_tokens).items():
+            if count:
+                setattr(self, name, nn.Parameter(torch.zeros(1, count, embed_dim)))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + self.num_patches, embed_dim))  # with RoPE: zeros
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=eps) if pre_norm else nn.Identity()
+        hidden, shared = int(embed_dim * mlp_ratio + 1e-6), RoPE(self.grid, self.specials) if rope else None
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
-        setattr(self, "fc_norm" if global_pool == "avg" else "norm", nn.LayerNorm(embed_dim, eps=1e-6))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden, rate, eps, act, shared) for rate in rates)
+        last = global_pool == "avg" and fc_norm
+        self.norm, self.fc_norm = (nn.LayerNorm(embed_dim, eps=eps) if there else nn.Identity() for there in (not last, last))
+        if global_pool == "map":
+            self.attn_pool = AttentionPool(embed_dim, num_heads, hidden, eps, act)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if distilled:
             self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
         for name, p in self.named_parameters():
-            if p.ndim > 1:
+            if p.ndim > 1 and not (rope and name == "pos_embed"):
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def embed(self, images):
-        """images (b, 3, img_size, img_size), normalised -> the Tokens before the first block."""
-        if images.ndim != 4 or images.shape[1:] != (3, self.img_size, self.img_size):
-            raise ValueError(f"images must be (b, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
-        specials = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        specials = repeat(torch.cat(specials, dim=1), "1 p c -> b p c", b=images.shape[0])
-        x = torch.cat([specials, self.patch_embed(images)], dim=1) + self.pos_embed
+        """images (b, 3, height, width), normalised -> the Tokens before the first block."""
+        expected = (3, *(side * self.patch_size for side in self.grid))
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+        specials = [repeat(getattr(self, name), "1 k c -> b k c", b=images.shape[0]) for name in SPECIALS if hasattr(self, name)]
+        x = self.norm_pre(torch.cat([*specials, self.patch_embed(images)], dim=1) + self.pos_embed)
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
         return Tokens(x, None, source)
 
@@ -538,7 +624,7 @@ class VisionTransformer(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False) if self.checkpoint and self.training else block(tokens)
 
     def forward_tokens(self, images, depth=None):
-        """images (b, 3, img_size, img_size), normalised -> the Tokens after the first `depth` blocks, by default all."""
+        """images (b, 3, height, width), normalised -> the Tokens after the first `depth` blocks, by default all."""
         tokens = self.embed(images)
         for block in self.blocks[:depth]:
             tokens = self.run_block(block, tokens)
@@ -548,12 +634,15 @@ class VisionTransformer(nn.Module):
         """Tokens after the last block -> what the head reads, (b, c)."""
         if self.global_pool == "token":
             return self.norm(tokens.x[:, 0])
-        x = widen(tokens.x[:, self.specials:])
+        x = self.norm(tokens.x)
+        if self.global_pool == "map":
+            return self.attn_pool(x, tokens.size)
+        x = widen(x[:, self.specials:])
         size = tokens.size[:, self.specials:].to(x.dtype)
         return self.fc_norm(((x * size).sum(dim=1) / size.sum(dim=1)).to(tokens.x.dtype))
 
     def forward(self, images):
-        """images (b, 3, img_size, img_size), normalised -> logits (b, num_classes) of the class head."""
+        """images (b, 3, height, width), normalised -> logits (b, num_classes) of the class head."""
         return self.head(self.pool(self.forward_tokens(images)))
 
     def forward_heads(self, images):
@@ -563,24 +652,38 @@ class VisionTransformer(nn.Module):
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 
 
-SIZES = {
+SIZES = {  # models whose names don't say all that differs from ViT-B/16 at 224 pixels
     "vit_nano_patch4_56": dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3),  # ours: data/README.md
-    "vit_tiny_patch16_224": dict(embed_dim=192, num_heads=3),
-    "vit_small_patch16_224": dict(embed_dim=384, num_heads=6),
-    "vit_base_patch16_224": dict(embed_dim=768, num_heads=12),
-    "vit_large_patch16_224": dict(embed_dim=1024, num_heads=16, depth=24),
-    "deit_small_patch16_224": dict(embed_dim=384, num_heads=6),
-    "deit_base_patch16_224": dict(embed_dim=768, num_heads=12),
-    "deit_small_distilled_patch16_224": dict(embed_dim=384, num_heads=6, distilled=True),
-    "deit_base_distilled_patch16_224": dict(embed_dim=768, num_heads=12, distilled=True),
+    **{f"vit_giant_patch14_{words}": dict(img_size=518, patch_size=14, embed_dim=1536, depth=40, num_heads=24, mlp_ratio=2.66667, act="swiglu", **more)
+       for words, more in (("dinov2", {}), ("reg4_dinov2", dict(reg_tokens=4)))},
 }
+WORDS = {  # what each word of a timm name says
+    **dict.fromkeys(("vit", "deit", "deit3", "base", "miil", "qkvb"), {}), "distilled": dict(distilled=True),
+    "tiny": dict(embed_dim=192, num_heads=3), "small": dict(embed_dim=384, num_heads=6), "medium": dict(embed_dim=512, num_heads=8),
+    "large": dict(embed_dim=1024, num_heads=16, depth=24), "huge": dict(embed_dim=1280, num_heads=16, depth=32),
+    "so400m": dict(embed_dim=1152, num_heads=16, depth=27, mlp_ratio=3.7362), "clip": dict(pre_norm=True, eps=1e-5), "quickgelu": dict(act="quick_gelu"),
+    "siglip": dict(class_token=False, global_pool="map"), "gap": dict(class_token=False, global_pool="avg", fc_norm=False),
+    "dinov2": dict(img_size=518), "reg4": dict(reg_tokens=4), "plus": dict(act="swiglu"),
+    "dinov3": dict(img_size=256, reg_tokens=4, rope=True, eps=1e-5, global_pool="avg", fc_norm=False),
+}
+UNLIKE_THEIR_WORDS = r"_plus_(?!.*dinov3)|huge_plus|reg4_gap|base_patch16_gap"
+GELU_TANH = r"so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|base_patch32_siglip"
+
+
+def read_name(name):
+    """VisionTransformer's kwargs for a timm name without the tag of its weights. Raises ValueError for a name that isn't of a plain ViT."""
+    if name in SIZES:
+        return SIZES[name]
+    patch, words = re.search(r"_patch(\d+)", name), [word for word in name.split("_") if not word.startswith("patch")]
+    known = patch and all(word in WORDS or word.isdigit() for word in words) and not re.search(UNLIKE_THEIR_WORDS, name)
+    require(known, f"no model is called {name!r}: timm's names of plain ViTs are known, of a patch size and the words {', '.join(WORDS)}")
+    said = [WORDS.get(word) or (dict(img_size=int(word)) if word.isdigit() else {}) for word in words]
+    return {"patch_size": int(patch[1]), "act": "gelu_tanh" if re.search(GELU_TANH, name) else "gelu", **dict(pair for part in said for pair in part.items())}
 
 
 def create_model(name, **kwargs):
-    """An untrained VisionTransformer, with its kwargs, by its timm name without timm's tag of the weights (".mae"). Raises ValueError."""
-    size = str(name).split(".")[0]
-    require(size in SIZES, f"no model is called {name!r}; there are {', '.join(SIZES)}")
-    return VisionTransformer(**{**SIZES[size], **kwargs})
+    """An untrained VisionTransformer, with its kwargs, by its timm name with or without the tag of its weights (".mae"). Raises ValueError."""
+    return VisionTransformer(**{**read_name(str(name).split(".")[0]), **kwargs})
 
 
 # ---- Surgery: adapting and merging an existing model -----------------------------------------------------------------
@@ -605,31 +708,46 @@ def check_peft(model, dropout=0.0, **sizes):
     for name, value in sizes.items():
         check_integer(name, value)
     require(0 <= dropout < 1, f"dropout must be at least 0 and less than 1, not {dropout!r}")
-    lora = any(isinstance(block.attn.qkv, LoRALinear) for block in model.blocks)
-    present = model.peft["name"] if model.peft else "LoRA" if lora else None
+    present = model.peft["name"] if model.peft else "LoRA" if lora_layers(model) else None
     require(not present, f"the model has {present} already, and takes one PEFT: fold that one in, or build another model")
 
 
-@on_model
-def add_lora(model, rank=8, dropout=0.1):
-    """Adds LoRA to every block's attn.qkv and freezes the backbone (see `freeze`). Returns the model.
+LORA_TARGETS = {"qkv": "attn", "proj": "attn", "fc1": "mlp", "fc2": "mlp"}  # linear maps of a block: where each one is
 
-    rank: h in the paper. dropout: on LoRA's input, in training. Raises ValueError.
+
+@on_model
+def lora_layers(model):
+    """The maps with LoRA, {name of a map in a block: its LoRALinears, one per block}."""
+    found = {name: [getattr(getattr(block, part), name, None) for block in model.blocks] for name, part in LORA_TARGETS.items()}
+    return {name: layers for name, layers in found.items() if isinstance(layers[0], LoRALinear)}
+
+
+@on_model
+def add_lora(model, rank=8, dropout=0.1, targets=("qkv",), alpha=None):
+    """Adds LoRA to linear maps of every block, by default attn.qkv, and freezes the backbone (see `freeze`). Returns the model.
+
+    rank: h in the paper. dropout: on LoRA's input, in training. targets: names out of qkv, proj, fc1, fc2. alpha: the update is scaled by
+    alpha / rank; None: by 1, as in the paper. Raises ValueError.
     """
     check_peft(model, dropout, rank=rank)
+    known = isinstance(targets, (list, tuple)) and targets and all(name in LORA_TARGETS for name in targets) and len({*targets}) == len(targets)
+    require(known, f"targets must be different names out of {', '.join(LORA_TARGETS)}, not {targets!r}")
+    require(alpha is None or 0 < alpha < math.inf, f"alpha must be a finite number greater than 0, not {alpha!r}")
     for block in model.blocks:
-        block.attn.qkv = LoRALinear(block.attn.qkv, rank, dropout)
+        for name in targets:
+            part = getattr(block, LORA_TARGETS[name])
+            setattr(part, name, LoRALinear(getattr(part, name), rank, dropout, 1.0 if alpha is None else alpha / rank))
     model.folded = None
     return freeze(model)
 
 
 @on_model
 def merge_lora(model):
-    """Folds LoRA into qkv, W + B A, and removes its tensors: the same logits for less work. Returns the model."""
-    for block in model.blocks:
-        if isinstance(block.attn.qkv, LoRALinear):
-            block.attn.qkv = block.attn.qkv.folded()
-            model.folded = "LoRA"
+    """Folds LoRA into the weights, W + scale B A, and removes its tensors: the same logits for less work. Returns the model."""
+    for name, layers in lora_layers(model).items():
+        for block, layer in zip(model.blocks, layers):
+            setattr(getattr(block, LORA_TARGETS[name]), name, layer.folded())
+        model.folded = "LoRA"
     return model
 
 
@@ -649,6 +767,8 @@ def set_reducers(model, reducers, prop_attn=True, attend=attend):
     for block, reducer in zip(model.blocks, reducers, strict=True):
         block.reducer = None if reducer is None else reducer.to(model.pos_embed.device).train(model.training)
         block.prop_attn, block.attn.attend = prop_attn, attend
+    if model.global_pool == "map":
+        model.attn_pool.attend = attend
     return model
 
 
@@ -693,7 +813,7 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_de
     for name, p in model.named_parameters():
         if p.requires_grad:
             own = name.rpartition(".reducer.")[2]
-            plain = p.ndim <= 1 or name in ("pos_embed", "cls_token", "dist_token")
+            plain = p.ndim <= 1 or name in ("pos_embed", "attn_pool.latent", *SPECIALS)
             kind = own if own in kinds else "modulation" if own in ("w_r", "w_d") else "no_decay" if plain else "decay"
             above = layers_above(name, len(model.blocks)) if layer_decay is not None and own not in kinds else 0
             groups[kind].setdefault(above, []).append(p)
@@ -703,7 +823,7 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_de
 
 def layers_above(name, depth):
     """How many layers lie between a parameter and the logits: depth + 1 for the embedding's, 0 for a head's."""
-    block, embeds = re.match(r"blocks\.(\d+)\.", name), name.startswith(("patch_embed.", "pos_embed", "cls_token", "dist_token"))
+    block, embeds = re.match(r"blocks\.(\d+)\.", name), name.startswith(("patch_embed.", "pos_embed", "norm_pre.", *SPECIALS))
     return depth - int(block[1]) if block else depth + 1 if embeds else 0
 
 
@@ -739,15 +859,15 @@ def load_pretrained(model, source):
 
     source: a .safetensors, .pth / .pt / .bin / .ckpt / .tar or .npz file (Google's JAX release); a name on the Hugging Face hub, timm's or
     "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging Face's, behind any wrappers' prefix; EMA weights
-    come first, with a warning. A head of other classes is left out, as is the final norm with global_pool="avg" (MAE trains a new fc_norm);
-    the position embedding is resized. No code in a file is run. Raises FileNotFoundError, ValueError.
+    come first, with a warning. A head of other classes is left out, as is what the model's pooling doesn't use (MAE trains a new fc_norm); the
+    position embedding is resized, other parts are folded: see `fold_extras`. No code in a file is run. Raises FileNotFoundError, ValueError.
     """
     source, found = read_checkpoint(source)
-    weights = to_timm_names(source, found)
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
-    shapes = {f"{head}.": getattr(weights.get(f"{head}.weight"), "shape", ()) for head in ("head", "head_dist")[: model.specials]}
+    weights = fold_extras(model, to_timm_names(source, found), own)
+    shapes = {f"{head}.": getattr(weights.get(f"{head}.weight"), "shape", ()) for head in ("head", "head_dist")[: 1 + model.distilled]}
     left = [head for head, shape in shapes.items() if shape[1:] == (model.embed_dim,) and shape[0] != model.num_classes]
-    left += ["norm."] if model.global_pool == "avg" else []
+    left += [part for part in ("norm.", "attn_pool.") if not any(k.startswith(part) for k in own)]
     weights = {k: v for k, v in weights.items() if not k.startswith(tuple(left))}
     position = weights.get("pos_embed", own["pos_embed"])
     resized = position.shape != own["pos_embed"].shape and position.shape[-1:] == (model.embed_dim,)
@@ -825,21 +945,23 @@ RENAMES = [
     (r"^Transformer/encoder_norm/", "norm/"), (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"LayerNorm_0/", "norm1/"),
     (r"LayerNorm_2/", "norm2/"), (r"MlpBlock_3/Dense_0/", "mlp.fc1/"), (r"MlpBlock_3/Dense_1/", "mlp.fc2/"), (r"/scale$", ".weight"),
     (r"MultiHead\w+_1/out/", "attn.proj/"), (r"MultiHead\w+_1/(query|key|value)/", r"attn.\1/"), (r"/(kernel|bias)$", r".\1"),
-    # Hugging Face's ViT and DeiT: as files have it, and as modules have it since transformers 5
+    # Hugging Face's ViT, DeiT and DINOv2: as files have it, and as modules have it since transformers 5
     (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"), (r"^layernorm\.", "norm."),
     (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
     (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
     (r"attention\.q_proj\.", "attn.query."), (r"attention\.k_proj\.", "attn.key."), (r"attention\.v_proj\.", "attn.value."),
     (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^(cls_)?classifier\.", "head."),
-    (r"^distillation_classifier\.", "head_dist."),
+    (r"^distillation_classifier\.", "head_dist."), (r"^(embeddings\.)?register_tokens$", "reg_token"), (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"), (r"^storage_tokens$", "reg_token"),  # DeiT III and DINOv3
 ]
 UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
 SIGNS = [  # among a checkpoint's names: why it may not fit
     (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
     (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional network"),
-    (r"reg(ister)?_token|ls\d\.|layer_scale|gamma|lambda", "DINOv2, DeiT III, BEiT or CaiT, with layer scale or register tokens"),
-    (r"norm_pre|pre_layrnorm|visual|text_|logit_scale|attn_pool|layer_norm1", "CLIP or SigLIP"), (r"decoder", "an autoencoder with its decoder"),
+    (r"^reg_token|^ls\d|norm_pre|attn_pool", "another family of ViT: create the model by the timm name of these weights"),
+    (r"q_norm|mlp\.norm|attn\.norm|rope", "a ViT with norms or rotations inside its blocks"), (r"decoder", "an autoencoder with its decoder"),
+    (r"pre_layrnorm|visual|text_|logit_scale|layer_norm1", "CLIP or SigLIP as OpenAI or Hugging Face name it: take timm's release of it"),
 ]
 
 
@@ -866,15 +988,68 @@ def to_timm_names(source, weights):
     return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
 
 
+def fold_extras(model, weights, own):
+    """Weights by timm's names without what a plain ViT has no parameter for: exact rewrites, {name: tensor}.
+
+    LayerScale goes into attn.proj and mlp.fc2, SwiGLU's two maps and DINOv3's q and v biases into one tensor. Where they are left out on
+    purpose, biases (of qkv in all blocks, of CLIP's patch embedding) and position embeddings (with RoPE) are zeros.
+    """
+    weights = dict(weights)
+    for name in [name for name in weights if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
+        for part in ("weight", "bias"):
+            scaled = name.replace("ls1.gamma", f"attn.proj.{part}").replace("ls2.gamma", f"mlp.fc2.{part}")
+            if scaled in weights and weights[scaled].shape[:1] == weights[name].shape:
+                weights[scaled] = torch.einsum("o, o... -> o...", weights[name].float(), weights[scaled].float())
+        del weights[name]
+        model.layer_scale = True
+    for name in [name for name in weights if ".mlp.fc1_g." in name]:
+        weights[name.replace("fc1_g", "fc1")] = torch.cat([weights.pop(name), weights.pop(name.replace("fc1_g", "fc1_x"))])
+    for name in [name for name in weights if name.endswith("attn.q_bias")]:
+        q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
+        weights[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    optional = {"attn.qkv.bias": True, "patch_embed.proj.bias": "pre_norm" in model.variant, "pos_embed": "rope" in model.variant}
+    absent = tuple(end for end, allowed in optional.items() if allowed and not any(name.endswith(end) for name in weights))
+    return weights | {name: torch.zeros_like(p) for name, p in own.items() if absent and name.endswith(absent)}
+
+
 @on_model
 def resize_pos_embed(model, pos_embed):
-    """A position embedding (1, specials + n, c) resized to the model's grid; bicubic, as timm does. Raises ValueError."""
-    n = pos_embed.shape[1] - model.specials if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
-    grid, new_grid = math.isqrt(max(n, 0)), math.isqrt(model.num_patches)
-    require(n == grid**2 > 0, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
-    patches = rearrange(pos_embed[:, model.specials:].float(), "1 (y x) c -> 1 c y x", y=grid)
-    patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", antialias=True)
-    return torch.cat([pos_embed[:, :model.specials], rearrange(patches, "1 c y x -> 1 (y x) c").to(pos_embed.dtype)], dim=1)
+    """A position embedding (1, k + n, c) as the model's: the grid resized, bicubic as in timm; zeros for special tokens that have none. Raises ValueError."""
+    rows = pos_embed.shape[1] if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
+    firsts = [k for k in (model.specials, 1, 0) if k <= model.specials]
+    k = next((k for k in firsts if rows - k == model.num_patches or rows > k and math.isqrt(rows - k) ** 2 == rows - k), None)
+    require(k is not None, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
+    first, patches, side = pos_embed[:, :k], pos_embed[:, k:], math.isqrt(rows - k)
+    if patches.shape[1] != model.num_patches:
+        patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=side)
+        patches = rearrange(F.interpolate(patches, size=model.grid, mode="bicubic", antialias=True), "1 c y x -> 1 (y x) c").to(pos_embed.dtype)
+    return torch.cat([first, first.new_zeros(1, model.specials - k, model.embed_dim), patches], dim=1)
+
+
+@torch.no_grad()
+def from_timm(timm_model):
+    """timm's VisionTransformer, or its Eva of DINOv3's kind, as ours: the same weights, and the same logits, which are compared. Raises ValueError."""
+    theirs, kind = unwrap(timm_model), type(unwrap(timm_model)).__name__
+    reason = next((f"it looks like {why}" for pattern, why in SIGNS for name in theirs.state_dict() if re.search(pattern, name)), "it isn't a plain ViT")
+    acts = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}
+    has = lambda name: getattr(theirs, name, None) is not None and not isinstance(getattr(theirs, name), nn.Identity)
+    try:
+        block, embed, pool = theirs.blocks[0], theirs.patch_embed, theirs.global_pool
+        ours = VisionTransformer(
+            img_size=embed.img_size, patch_size=embed.patch_size[0], embed_dim=theirs.embed_dim, depth=len(theirs.blocks), num_heads=block.attn.num_heads,
+            mlp_ratio=block.mlp.fc2.in_features / theirs.embed_dim, num_classes=theirs.num_classes, distilled=has("dist_token"), global_pool=pool,
+            class_token=has("cls_token"), reg_tokens=theirs.reg_token.shape[1] if has("reg_token") else 0, fc_norm=pool != "avg" or has("fc_norm"),
+            pre_norm=has("norm_pre"), eps=block.norm1.eps, act=acts[type(block.mlp.act).__name__], rope=has("rope"))
+        load_pretrained(ours.to(theirs.patch_embed.proj.weight), theirs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{kind} can't be converted: {reason} ({first_line(error)})") from error
+    images, training = torch.randn(2, 3, *embed.img_size).to(ours.pos_embed), theirs.training
+    expected = theirs.eval()(images)
+    found = sum(ours.eval().forward_heads(images)) / 2 if ours.distilled else ours.eval()(images)
+    theirs.train(training), ours.train(training)
+    miss = ((found - expected).abs().max() / expected.abs().max()).item()
+    require(miss < (1e-3 if expected.dtype == torch.float32 else 5e-2), f"{kind} can't be converted: its forward pass differs from a plain ViT's")
+    return ours
 
 
 def frozen(model):
@@ -913,11 +1088,13 @@ def same_in_float16(metadata, model):
 def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
     reducers = [block.reducer for block in model.blocks]
-    settings = [getattr(reducer, "settings", None) for reducer in reducers]
+    settings, lora = [getattr(reducer, "settings", None) for reducer in reducers], lora_layers(model)
+    lora_variant = [list(lora), next(iter(lora.values()))[0].scale] if lora else [["qkv"], 1.0]
     fields = dict(
         img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
-        lora_rank=len(getattr(model.blocks[0].attn.qkv, "lora_a", ())), peft=model.peft, settings=settings if any(settings) else None,
+        lora_rank=len(next(iter(lora.values()))[0].lora_a) if lora else 0, peft=model.peft, settings=settings if any(settings) else None,
+        variant=model.variant or None, lora=lora_variant if lora_variant != [["qkv"], 1.0] else None,  # None: as before there was a choice
         reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers], prop_attn=[block.prop_attn for block in model.blocks],
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
@@ -986,7 +1163,9 @@ def macs_of_counts(model, counts):
     macs = model.num_patches * c * 3 * model.patch_size**2 + c * model.num_classes
     for block, n, m in zip(model.blocks, counts, counts[1:]):
         a = block.attn.proj.in_features
-        macs += 4 * n * c * a + 2 * n**2 * a + 2 * m * c * block.mlp.fc1.out_features
+        macs += 4 * n * c * a + 2 * n**2 * a + m * c * (block.mlp.fc1.out_features + block.mlp.fc2.in_features)
+    if model.global_pool == "map":  # one query: keys and values of all tokens, attention, then projection and MLP of one
+        macs += 2 * counts[-1] * c * (c + 1) + 2 * c**2 + 2 * c * model.attn_pool.mlp.fc2.in_features
     return macs
 
 
@@ -995,6 +1174,6 @@ def count_macs(model):
     """Multiply-accumulates of one image's forward pass, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
 
     A block that gets n tokens and keeps m costs 4 n c a + 2 n^2 a (attention, a wide: c, less where heads are pruned) + 2 m c hidden
-    (MLP). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
+    (MLP; SwiGLU's is half as much again). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
     """
     return macs_of_counts(model, token_counts(model))

@@ -55,7 +55,7 @@ def slurm_command(argv):
 
 def benchmark_command(argv):
     parser = make_parser("benchmark", "Images/s and memory of plain, ToMe and PYRA on random weights, and of timm's model if timm is installed")
-    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", help="timm's name (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--rate", default="high", help="low, high or a number for Eq. (1) (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyra
-from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED
+from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED, default_img_size
 from pyra_lab.devices import DTYPES, check_device_name, default_device, has_fast_bfloat16
 from pyra_lab.images import NORMS
 from pyra_lab.layouts import SPLITS
@@ -36,9 +36,12 @@ class Config:
     weights: str | None = option(None, "a file or a name on the Hugging Face hub; 'none': random; by default the backbone's own")
     method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
     rate: str | float | list = option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry per block")
+    img_size: int | None = option(None, "pixels of a side; by default the backbone's: 224 for most")
     s: int = option(1, "rank of PYRA's generators")
     peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
     lora_rank: int | None = option(None, "LoRA's h; by default the paper's for the backbone")
+    lora_targets: str = option("qkv", "the maps of a block that get LoRA: qkv, proj, fc1, fc2, separated by commas")
+    lora_alpha: float | None = option(None, "LoRA's update is scaled by alpha / h; by default by 1, as in the paper")
     peft_dim: int | None = option(None, "the bottleneck of adapter and convpass, by default LoRA's h; FacT's rank, by default its paper's for the task")
     peft_scale: float | None = option(None, "scale of convpass and FacT; by default their papers' for the task")
     teacher: str | None = option(
@@ -58,7 +61,7 @@ class Config:
     drop_path: float = option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = option(0.1, "on LoRA's input, or inside another PEFT")
     augment: str = option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)", AUGMENTS)
-    norm: str | None = option(None, "normalisation: imagenet, half (0.5) or none; by default the one of the backbone's row", NORMS)
+    norm: str | None = option(None, "normalisation: imagenet, half (0.5), clip or none; by default the one of the backbone's row", NORMS)
     seed: int = option(0, "seed of initialisation, order and dropout")
     # on what
     train_split: str = option("train800val200", "images to train on; train800 when selecting on val200", SPLITS)
@@ -99,6 +102,7 @@ class Config:
         unused = OPTIONAL - method.uses - peft.uses
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         values["task"] = task
+        values |= {"img_size": None} if self.img_size == default_img_size(self.backbone) else {}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
         kind, _, path = self.task.partition(":")
         if kind in ("folder", "stream"):
@@ -139,7 +143,7 @@ def check_types(config):
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-LEAST = dict(epochs=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, peft_dim=1, eval_every=0, workers=0)
+LEAST = dict(epochs=1, img_size=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, peft_dim=1, eval_every=0, workers=0)
 FINITE = ("lr", "modulation_lr", "weight_decay")
 
 
@@ -162,6 +166,14 @@ def check_ranges(config):
         raise ValueError(f"layer_decay must be greater than 0 and at most 1, not {config.layer_decay}")
     if config.warmup is not None and config.warmup >= config.epochs:
         raise ValueError(f"warmup ({config.warmup}) must be less than epochs ({config.epochs})")
+    if not 0 < given.get("lora_alpha", 1) < math.inf:
+        raise ValueError(f"lora_alpha must be a finite number greater than 0, not {config.lora_alpha}")
+    targets = config.lora_targets.split(",")
+    if not set(targets) <= set(pyra.LORA_TARGETS) or len(set(targets)) < len(targets):
+        raise ValueError(f"lora_targets must be different names out of {', '.join(pyra.LORA_TARGETS)}, separated by commas, not {config.lora_targets!r}")
+    patch = pyra.read_name(config.backbone.split(".")[0]).get("patch_size", 16)
+    if config.img_size is not None and config.img_size % patch:
+        raise ValueError(f"img_size must be a multiple of {patch}, the patches of {config.backbone}, not {config.img_size}")
     if not isinstance(config.rate, list):
         pyra.merge_schedule(config.rate)
     check_device_name(config.device)  # whether it is here is checked where it is used: a grid for a cluster's GPUs is made where there are none

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import pyra
 from pyra_lab import files
@@ -38,7 +39,10 @@ def pack(model):
         raise ValueError("pack needs oneDNN and a model on a CPU with plain linear layers: fold LoRA or FacT in first, and pack only once")
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
-        block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
+        if block.mlp.act is F.gelu:
+            block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
+        else:
+            block.mlp.fc1, block.mlp.fc2 = PackedLinear(block.mlp.fc1), PackedLinear(block.mlp.fc2)
     return model.eval()
 
 

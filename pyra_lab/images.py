@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from pyra_lab import files
 
-# Name -> (mean, standard deviation): ImageNet's statistics; the 0.5 that the in21k ViTs were trained with; [0, 1] as it is.
-NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3), "none": ((0.0,) * 3, (1.0,) * 3)}
+# Name -> (mean, standard deviation): ImageNet's statistics; the 0.5 that SigLIP and the in21k ViTs were trained with; OpenAI's; [0, 1] as it is.
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3), "none": ((0.0,) * 3, (1.0,) * 3),
+         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
 def normalize(images, norm, dtype=torch.float32):
-    """uint8 images (n, 3, h, w) on any device -> float images on it; `norm` is "imagenet", "half" or "none" ([0, 1]).
+    """uint8 images (n, 3, h, w) on any device -> float images on it; `norm` is one of NORMS.
 
     Raises ValueError for another `norm`.
     """

@@ -11,6 +11,7 @@ A run's id knows the row by its name alone: after changing a row, delete its run
 """
 
 import json
+import warnings
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -95,6 +96,8 @@ METHODS = {
 def train_all(model, config):
     """MAE's fine-tuning: the whole backbone, with a small head to start from."""
     pyra.check_peft(model)
+    if model.layer_scale:
+        warnings.warn("LayerScale is folded into attn.proj and mlp.fc2: full fine-tuning trains the products, and no scale of its own", stacklevel=2)
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith("head_dist."))  # the class head alone is trained and evaluated
@@ -102,12 +105,12 @@ def train_all(model, config):
 
 
 def add_lora(model, config):
-    return pyra.add_lora(model, config.lora_rank, config.dropout)
+    return pyra.add_lora(model, config.lora_rank, config.dropout, config.lora_targets.split(","), config.lora_alpha)
 
 
 SCALED = frozenset({"peft_dim", "peft_scale", "dropout"})
 PEFTS = {
-    "lora": Peft("LoRA", "low-rank update of qkv", add_lora, frozenset({"lora_rank", "dropout"}), fold=pyra.merge_lora),
+    "lora": Peft("LoRA", "low-rank update of qkv", add_lora, frozenset({"lora_rank", "lora_targets", "lora_alpha", "dropout"}), pyra.merge_lora),
     "adapter": Peft("Adapter", "bottleneck after the MLP", adapter.add),
     "convpass": Peft("Convpass", "convolutional bypasses", convpass.add, SCALED, defaults=convpass.defaults),
     "fact_tt": Peft("FacT-TT", "shared low-rank factors, tensor train", partial(fact.add, "tt"), SCALED, fact.fold_fact, partial(fact.defaults, "tt")),

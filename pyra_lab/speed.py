@@ -276,7 +276,7 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
     device = device or default_device()
     with torch.device("meta"):
         model = pyra.create_model(backbone)
-        r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches)
+        r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches, model.embed_dim)
     rows = []
     for dtype in dtypes:
         models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}

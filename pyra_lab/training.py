@@ -42,9 +42,9 @@ def first_stage(config):
 
 def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
-    student = config.resolved()  # the teacher shares the student's normalisation and so on; its device and dtype are those of the machine that trains it
+    student = config.resolved()  # the teacher shares the student's seed and so on; its device and dtype are those of the machine that trains it
     return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
-                               teacher_weights=None, method="plain", second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
+                               teacher_weights=None, img_size=None, norm=config.norm, method="plain", second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
 
 
 def prerequisites(config):

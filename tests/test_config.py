@@ -84,7 +84,7 @@ def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
         assert resolved.warmup == 5
         assert resolved.dtype == ("bfloat16" if config.has_fast_bfloat16("cpu") else "float32")
         assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == [
-            "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "modulation_lr", "data_root"]
+            "img_size", "lora_alpha", "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "modulation_lr", "data_root"]
         assert resolved.resolved() == resolved
     given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
     resolved = Config(**given, method="plain").resolved()
@@ -166,7 +166,7 @@ OTHER = dict(
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True, checkpoint=True,
     peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
-    peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
+    img_size=112, lora_targets="qkv,fc2", lora_alpha=4.0, peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
 )  # a value for each field that isn't its default
 
 

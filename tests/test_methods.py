@@ -43,7 +43,7 @@ PEFT_CASES = {
     "full": dict(),
 }
 CASES = [(method, "lora") for method in METHOD_CASES] + [("pyra", peft) for peft in PEFT_CASES if peft != "lora"]
-UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5)
+UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, lora_targets="fc1", lora_alpha=6.0, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5)
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import pyra
 from pyra_lab import pruning, vtab
 from pyra_lab.pefts import adapter, convpass, fact, snf
-from pyra_lab.pefts.shared import peft_macs, quick_gelu
+from pyra_lab.pefts.shared import peft_macs
 
 PEFTS = {
     "adapter": lambda model: adapter.add_adapter(model, dim=4),
@@ -270,7 +270,7 @@ def test_adapter_starts_as_intended():
 
 def naive_convpass(part, x, source):
     """One image, in loops over the grid. x (n, c), source: list, for each patch the token that holds it."""
-    side, n = part.grid, len(x)
+    side, n = part.grid[0], len(x)
     z = phi(x @ part.down.weight.T + part.down.bias)
     kernel, bias = part.conv.weight, part.conv.bias
     out = {}
@@ -310,10 +310,10 @@ def test_convpass_is_the_naive_loop(n, specials):
 def test_scattering_back_is_plain_convpass_where_nothing_is_merged():
     """Bit for bit what a convolution of the reshaped patches gives."""
     part, x = adapted("convpass").blocks[0].peft_mlp, numbers(2, 37, 24)
-    z = quick_gelu(part.down(x))
+    z = pyra.quick_gelu(part.down(x))
     patches = part.conv(z[:, 1:].mT.reshape(2, 4, 6, 6)).flatten(2).mT
     special = F.linear(z[:, :1], part.conv.weight[:, :, 1, 1], part.conv.bias)
-    expected = part.scale * part.up(quick_gelu(torch.cat([special, patches], dim=1)))
+    expected = part.scale * part.up(pyra.quick_gelu(torch.cat([special, patches], dim=1)))
     assert torch.equal(part.bypass(x, torch.arange(37).expand(2, -1)), expected)
 
 

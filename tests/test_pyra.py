@@ -406,7 +406,7 @@ def test_avg_pool_is_weighted_by_size(method, distilled):
         mean = torch.stack(of_patch).mean(0)
         expected = F.linear(F.layer_norm(mean, (24,), model.fc_norm.weight, model.fc_norm.bias, 1e-6), model.head.weight, model.head.bias)
         assert same(model(batch())[i], expected)
-    assert not hasattr(model, "norm")
+    assert isinstance(model.norm, torch.nn.Identity)
 
 
 @pytest.mark.parametrize("img_size, r, ladder", [(24, 1000, [37, 19, 10, 6]), (24, [12, 12, 12], [37, 25, 13, 7]), (8, 5, [5, 3, 2, 2]),
@@ -633,19 +633,6 @@ def test_timm_agrees(kwargs):
         else:
             assert same(model(images), expected)
         assert same(model.forward_tokens(images).x, oracle.blocks(oracle._pos_embed(oracle.patch_embed(images))))
-
-
-@rows("name", [name for name in pyra.SIZES if name != "vit_nano_patch4_56"])
-def test_timm_sizes(name):
-    """Each name means what it means in timm."""
-    timm = pytest.importorskip("timm", reason="timm, the oracle, isn't installed")
-    with torch.device("meta"):
-        oracle = timm.create_model(name)
-    model = on_meta(name)
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
-    assert [block.attn.num_heads for block in model.blocks] == [block.attn.num_heads for block in oracle.blocks]
-    assert model.norm.eps == oracle.norm.eps and model.blocks[0].norm1.eps == oracle.blocks[0].norm1.eps
-    assert model.img_size == oracle.patch_embed.img_size[0]
 
 
 def test_shipped_size():
@@ -949,8 +936,7 @@ def test_models_in_bfloat16(s):
     *[(functools.partial(pyra.solve_schedule, 12, flops_ratio=ratio), "flops_ratio must be a finite number greater than 1")
       for ratio in (1, -2, math.inf, math.nan, True, "3")],
     (lambda: pyra.merge_schedule("mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
-    (lambda: pyra.merge_schedule("high", depth=7), "'high' schedule is for depths 12 and 24 and 196 patches, not 7 and 196"),
-    (lambda: pyra.merge_schedule("low", tokens=64), "'low' schedule is for .* 196 patches, not 12 and 64"),
+    (lambda: pyra.merge_schedule("high", depth=3, tokens=8), "flops_ratio 3.463 is out of reach: merging down to 4 patches reaches 1.* at most"),
     (lambda: pyra.merge_schedule(1.0), "greater than 1, not 1.0"),
     (lambda: pyra.merge_schedule(None), "greater than 1, not None"),
     *[(functools.partial(pyra.VisionTransformer, **{name: value}), f"{name} must be a positive integer, not {value!r}")
@@ -958,9 +944,9 @@ def test_models_in_bfloat16(s):
     (lambda: pyra.VisionTransformer(num_classes=-1), "num_classes must be an integer of at least 0, not -1"),
     (lambda: pyra.VisionTransformer(img_size=225), "img_size 225 is not a multiple of patch_size 16"),
     (lambda: pyra.VisionTransformer(num_heads=7), "embed_dim 768 is not a multiple of num_heads 7"),
-    (lambda: pyra.VisionTransformer(global_pool="mean"), "global_pool must be 'token' or 'avg', not 'mean'"),
+    (lambda: pyra.VisionTransformer(global_pool="mean"), "global_pool must be 'token', 'avg' or 'map', not 'mean'"),
     (lambda: pyra.VisionTransformer(drop_path_rate=1.0), "drop_path_rate must be at least 0 and less than 1, not 1.0"),
-    (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge'; there are .*vit_base_patch16_224"),
+    (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge': timm's names of plain ViTs are known"),
     *[(functools.partial(lambda shape: tiny()(torch.zeros(shape)), shape), r"images must be \(b, 3, 24, 24\), not ")
       for shape in ((3, 24, 24), (1, 1, 24, 24), (1, 3, 24, 20))],
     *[(functools.partial(lambda rank: pyra.add_lora(tiny(), rank=rank), rank), "rank must be a positive integer, not ")

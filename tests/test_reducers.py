@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import pyra
 from pyra_lab import budget
 from pyra_lab.pefts import adapter, convpass, fact, snf
-from pyra_lab.pefts.shared import quick_gelu
+
 from pyra_lab.reducers import ats, diffrate, evit, ltmp, shared, tofu
 
 RATES = [(36, 36), (25, 20), (30, 9)]  # patches that DiffRate keeps, of 36
@@ -277,14 +277,12 @@ def test_numbers_of_numpy_are_numbers(tmp_path, add):
     (lambda model: evit.add_evit(model, 1.1), "keep_rate must be greater than 0 and at most 1, not 1.1"),
     (lambda model: evit.add_evit(model, 0.5, [1, 1]), r"layers must be a list of different blocks from 0 to 2, not \[1, 1\]"),
     (lambda model: evit.add_evit(model, 0.5, [3]), r"layers must be a list of different blocks from 0 to 2, not \[3\]"),
-    (lambda model: evit.add_evit(tiny(global_pool="avg")), "EViT ranks patches by the class token's attention, and a model with global_pool='avg' does not"),
     (lambda model: evit.evit_keep_rate(model, 1000), r"EViT in blocks \[0, 1, 2\] costs at least .* MACs, not 1,000: let it act in more or earlier blocks"),
     (lambda model: tofu.add_tofu(model, [1, 2]), r"3 blocks"),
     (lambda model: tofu.add_tofu(model, -1), "r must be an integer of at least 0, not -1"),
     (lambda model: ats.add_ats(model, [20, 20]), "counts must be an integer or a list with one, or None, for each of the 3 blocks"),
     (lambda model: ats.add_ats(model, [20, 1, None]), "block 1: the count must be an integer greater than the 1 special tokens, or None, not 1"),
     (lambda model: ats.add_ats(model, True), "block 0: the count must be an integer"),
-    (lambda model: ats.add_ats(tiny(global_pool="avg"), 20), "ATS ranks patches by the class token's attention"),
     (lambda model: diffrate.add_diffrate(model, 0), "granularity must be an integer from 1 to 36, not 0"),
     (lambda model: diffrate.add_diffrate(model, 37), "granularity must be an integer from 1 to 36, not 37"),
     (lambda model: diffrate.diffrate_rates(model), "the model has no DiffRate: add_diffrate adds it"),
@@ -342,7 +340,7 @@ def test_diffrate_that_keeps_all_is_plain(global_pool):
         assert (counts == 37).all()
 
 
-@pytest.mark.parametrize("reducer", ["tofu", "ltmp", "diffrate", "frozen_diffrate"])
+@every_reducer
 def test_with_an_average_pool(reducer):
     """The dead are not in the average: training and evaluation agree."""
     model = reduced(reducer, global_pool="avg")
@@ -408,14 +406,14 @@ def test_convpass_reads_zero_where_a_patch_is_gone():
     where = torch.randint(-1, 9, (2, 36), generator=torch.Generator().manual_seed(0))  # token 9 holds none
     where[where == 0] = -1
     out = part.bypass(x, torch.cat([torch.zeros(2, 1, dtype=torch.int64), where], dim=1))
-    z = quick_gelu(part.down(x))
+    z = pyra.quick_gelu(part.down(x))
     for image in range(2):
         grid = torch.stack([z[image, j] if j > 0 else torch.zeros(4) for j in where[image].tolist()]).T.reshape(1, 4, 6, 6)
         grid = part.conv(grid).flatten(2)[0].T
         for j in range(10):
             own = grid[where[image] == j]
             mixed = own.mean(dim=0) if len(own) else F.linear(z[image, j], part.conv.weight[:, :, 1, 1], part.conv.bias)
-            expected = part.scale * part.up(quick_gelu(mixed))
+            expected = part.scale * part.up(pyra.quick_gelu(mixed))
             torch.testing.assert_close(out[image, j], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -560,7 +558,7 @@ def naive_ltmp(tokens, qkv, image, merge, prune, specials):
     groups = as_groups(tokens, image)
     n = len(groups)
     size = torch.tensor([group[1] for group in groups])[None, :, None]
-    one = pyra.QKV(*(t[image:image + 1, :, :n] for t in qkv))
+    one = pyra.QKV(*(t[image:image + 1, :, :n] for t in qkv[:3]))
     importance = probabilities(one, 0, size).mean(dim=(0, 1)).tolist()
     key = F.normalize(one.k[0].mean(dim=0), dim=-1)
     into = {}
@@ -714,7 +712,7 @@ def test_the_dead_rank_last_even_behind_those_without_attention():
     tokens, qkv = tokens_of(b=1, n=6, size=size), attention(1, 6)
     qkv.k[:, :, 5] = -1000 * qkv.q[:, :, 0]
     assert probabilities(qkv, 0)[:, 0, 5].sum() == 0
-    assert diffrate.sort_by_attention(tokens, qkv, 1).size[0, :, 0].tolist() == [1, 1, 1, 1, 0, 0]
+    assert diffrate.sort_by_attention(tokens, qkv, 1, 1).size[0, :, 0].tolist() == [1, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("granularity, parameters", [(4, 1_080), (1, 4_314)])

@@ -4,7 +4,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pyra
-from pyra_lab.pefts.shared import finish_peft, quick_gelu
+from pyra_lab.pefts.shared import finish_peft
 
 
 class Adapter(nn.Module):
@@ -19,7 +19,7 @@ class Adapter(nn.Module):
 
     def forward(self, tokens, u, branch):
         # the branch comes after drop path: a dropped sample still gets the adapter's biases
-        return tokens.x + branch + self.up(F.dropout(quick_gelu(self.down(branch)), self.dropout, self.training))
+        return tokens.x + branch + self.up(F.dropout(pyra.quick_gelu(self.down(branch)), self.dropout, self.training))
 
     def macs(self, n):
         return 2 * n * self.down.weight.numel()

@@ -1,12 +1,14 @@
 """Convpass: a convolutional bypass beside attention and another beside the MLP."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
 import pyra
-from pyra_lab.pefts.shared import check_scale, finish_peft, quick_gelu
+from pyra_lab.pefts.shared import check_scale, finish_peft
 
 # What the published code sets for each task: the scale s, and whether the convolution starts as the identity or as Xavier has it.
 CONVPASS = {
@@ -49,19 +51,19 @@ class Convpass(nn.Module):
         A patch whose token is gone (source -1) reads zero, as beyond the border.
         A token without a patch, such as a special one, is an image of 1x1 pixels: it sees the centre of the kernel.
         """
-        z = quick_gelu(self.down(x))  # (b, n, h)
-        where = source[:, source.shape[1] - self.grid**2:]
+        z = pyra.quick_gelu(self.down(x))  # (b, n, h)
+        where = source[:, source.shape[1] - math.prod(self.grid):]
         held, where = where[..., None] >= 0, where.clamp(min=0)
-        patches = self.conv(rearrange(torch.where(held, pyra.take(z, where), 0), "b (y x) h -> b h y x", y=self.grid))
+        patches = self.conv(rearrange(torch.where(held, pyra.take(z, where), 0), "b (y x) h -> b h y x", y=self.grid[0]))
         patches = F.pad(rearrange(patches, "b h y x -> b (y x) h").float(), (0, 1), value=1.0) * held  # with a 1 appended, which counts them
         total = pyra.add_at(patches.new_zeros(*x.shape[:2], patches.shape[2]), where, patches)
         total, count = total[..., :-1], total[..., -1:]
         isolated = F.linear(z, self.conv.weight[:, :, 1, 1], self.conv.bias)
         z = torch.where(count > 0, (total / count.clamp(min=1)).to(isolated.dtype), isolated)
-        return self.scale * self.up(F.dropout(quick_gelu(z), self.dropout, self.training))
+        return self.scale * self.up(F.dropout(pyra.quick_gelu(z), self.dropout, self.training))
 
     def macs(self, n):
-        return 2 * n * self.down.weight.numel() + self.grid**2 * self.conv.weight.numel() + n * self.conv.weight[:, :, 1, 1].numel()
+        return 2 * n * self.down.weight.numel() + math.prod(self.grid) * self.conv.weight.numel() + n * self.conv.weight[:, :, 1, 1].numel()
 
 
 @pyra.on_model
@@ -77,7 +79,7 @@ def add_convpass(model, dim=8, scale=1.0, init="identity", dropout=0.1):
         raise ValueError(f"init must be 'identity' or 'xavier', not {init!r}")
     for block in model.blocks:
         for name in ("peft_attn", "peft_mlp"):
-            bypass = Convpass(model.embed_dim, dim, model.img_size // model.patch_size, float(scale), init, dropout, block.drop_path_rate)
+            bypass = Convpass(model.embed_dim, dim, model.grid, float(scale), init, dropout, block.drop_path_rate)
             setattr(block, name, bypass.to(model.pos_embed))
     return finish_peft(model, "Convpass", dim=dim, scale=float(scale))
 

@@ -19,10 +19,6 @@ def finish_peft(model, name, **settings):
     return model
 
 
-def quick_gelu(z):
-    return z * (1.702 * z).sigmoid()
-
-
 @pyra.on_model
 def peft_macs(model, counts=None):
     """Multiply-accumulates that a PEFT adds to one image's forward pass; in all the model costs count_macs + peft_macs.

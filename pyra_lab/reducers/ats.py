@@ -7,7 +7,7 @@ from einops import rearrange
 
 import pyra
 from pyra_lab import budget
-from pyra_lab.reducers.shared import attention_rows, check_class_token, gather_tokens
+from pyra_lab.reducers.shared import attention_received, gather_tokens, ranking_queries
 
 
 class ATS(nn.Module):
@@ -15,9 +15,9 @@ class ATS(nn.Module):
 
     per_image = True
 
-    def __init__(self, count, specials=1):
+    def __init__(self, count, specials=1, queries=1):
         super().__init__()
-        self.count, self.specials = count, specials
+        self.count, self.specials, self.queries = count, specials, queries
         self.settings = dict(count=count)
 
     def tokens_after(self, n):
@@ -32,7 +32,7 @@ class ATS(nn.Module):
         """Which tokens stay, (b, n) bool."""
         p = self.specials
         norm = rearrange(qkv.v.float(), "b h n d -> b n (h d)").norm(dim=-1)
-        score = attention_rows(qkv, size, queries=1).sum(dim=(1, 2)) * norm
+        score = attention_received(qkv, size, self.queries).sum(dim=1) * norm
         score, order = score[:, p:].sort(dim=1, stable=True)  # dead ones come first, with a score of 0
         cdf = score.cumsum(dim=1)
         points = (torch.arange(self.count - p, device=cdf.device) + 0.5) / (self.count - p)
@@ -66,9 +66,9 @@ def add_ats(model, counts):
 
     The published code takes equidistant points from the smallest positive value of the distribution on, and the nearest
     patch to each. It drops rows inside attention; after it, as here, the result is the same and a little more work is
-    done than `mean_macs` counts. The distillation token is always kept. Returns the model. Raises ValueError.
+    done than `mean_macs` counts. All special tokens are kept. Where no class token is classified, the mean attention from all
+    tokens takes the place of its own. Returns the model. Raises ValueError.
     """
-    check_class_token(model, "ATS")
     depth, counts = len(model.blocks), pyra.to_python(counts)
     if isinstance(counts, int):
         counts = [None] * (depth // 4) + [counts] * (depth - depth // 4)
@@ -77,7 +77,7 @@ def add_ats(model, counts):
     for i, count in enumerate(counts):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count <= model.specials):
             raise ValueError(f"block {i}: the count must be an integer greater than the {model.specials} special tokens, or None, not {count!r}")
-    return pyra.set_reducers(model, [None if count is None else ATS(count, model.specials) for count in counts])
+    return pyra.set_reducers(model, [None if count is None else ATS(count, model.specials, ranking_queries(model)) for count in counts])
 
 
 @pyra.on_model

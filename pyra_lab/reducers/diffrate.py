@@ -9,14 +9,15 @@ import torch.nn.functional as F
 import pyra
 from pyra_lab import budget
 from pyra_lab.budget import alive_mask
-from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
+from pyra_lab.reducers.shared import (attend_with_gradient, attention_received, gather_tokens, ranking_queries, remap_source, size_with_gradient,
+                                      straight_through)
 
 
-def sort_by_attention(tokens, qkv, specials):
-    """The tokens sorted by the class token's attention to them; special ones first, dead ones last."""
+def sort_by_attention(tokens, qkv, specials, queries):
+    """The tokens sorted by the attention that they receive; special ones first, dead ones last."""
     tokens = pyra.with_sizes(tokens)
     with torch.no_grad():
-        score = attention_rows(qkv, tokens.size, queries=1).mean(dim=(1, 2)).masked_fill(tokens.size[..., 0] == 0, -1)
+        score = attention_received(qkv, tokens.size, queries).mean(dim=1).masked_fill(tokens.size[..., 0] == 0, -1)
         score[:, :specials] = math.inf
     return gather_tokens(tokens, score.argsort(dim=1, descending=True, stable=True))
 
@@ -43,9 +44,9 @@ def merge_by_similarity(tokens, src, dst):
 class FrozenDiffRate(nn.Module):
     """Keeps the `prune` patches with the most attention from the class token, then merges the last of them until `merge` are left."""
 
-    def __init__(self, prune, merge, specials=1):
+    def __init__(self, prune, merge, specials=1, queries=1):
         super().__init__()
-        self.prune, self.merge, self.specials = prune, merge, specials
+        self.prune, self.merge, self.specials, self.queries = prune, merge, specials, queries
         self.settings = dict(prune=prune, merge=merge)
 
     def tokens_after(self, n):
@@ -55,7 +56,7 @@ class FrozenDiffRate(nn.Module):
         n, p = tokens.x.shape[1], self.specials
         if self.tokens_after(n) == n:
             return tokens
-        tokens = sort_by_attention(tokens, qkv, p)
+        tokens = sort_by_attention(tokens, qkv, p, self.queries)
         first = torch.arange(min(n, p + self.prune), device=tokens.x.device).expand(len(tokens.x), -1)
         tokens = gather_tokens(tokens, first)
         tokens = merge_by_similarity(tokens, first >= p + self.merge, (first >= p) & (first < p + self.merge))
@@ -74,9 +75,9 @@ class DiffRate(nn.Module):
     # tell the blocks apart; a short search has none left, so DeiT-Ti's weight is taken for all sizes.
     budget_weight = 5 * 1.22**2
 
-    def __init__(self, candidates, granularity, specials=1):
+    def __init__(self, candidates, granularity, specials=1, queries=1):
         super().__init__()
-        self.specials, self.settings = specials, dict(granularity=granularity)
+        self.specials, self.queries, self.settings = specials, queries, dict(granularity=granularity)
         self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32), persistent=False)
         self.prune_logits = nn.Parameter(torch.zeros(len(candidates)))
         self.merge_logits = nn.Parameter(torch.zeros(len(candidates)))
@@ -91,7 +92,7 @@ class DiffRate(nn.Module):
         return int(self.patches(self.prune_logits)), int(self.patches(self.merge_logits))
 
     def frozen(self):
-        return FrozenDiffRate(*self.rates(), self.specials)
+        return FrozenDiffRate(*self.rates(), self.specials, self.queries)
 
     def tokens_after(self, n):
         return self.frozen().tokens_after(n)
@@ -116,7 +117,7 @@ class DiffRate(nn.Module):
     def forward(self, tokens, qkv):
         if not self.training:
             return self.frozen()(tokens, qkv)
-        tokens = sort_by_attention(tokens, qkv, self.specials)
+        tokens = sort_by_attention(tokens, qkv, self.specials, self.queries)
         place = torch.arange(tokens.x.shape[1], device=tokens.x.device) - self.specials + 1  # of a patch 1, 2, ..., of a special token 0 or less
         alive = alive_mask(tokens.size)
         alive = alive * self.mask(self.prune_logits, place, alive)
@@ -132,8 +133,8 @@ def add_diffrate(model, granularity=4):
 
     A block ranks the patches by the class token's attention, keeps the best and merges the last of those into the most
     similar of the others. Both numbers are expectations over the candidates T, T - granularity, ... of T patches, under the
-    softmax of trained logits; the first block has but one candidate, all patches, and with global_pool="avg" so has the
-    last. In training nothing is removed: dead tokens have size 0 (see `attend_with_gradient`), and the probability
+    softmax of trained logits; the first block has but one candidate, all patches, and without a class token to classify so has the
+    last (there the patches are ranked by the mean attention from all tokens). In training nothing is removed: dead tokens have size 0 (see `attend_with_gradient`), and the probability
     that a place is kept gives the logits their gradient. In evaluation the tokens are cut. Train with the logits and counts of
     `budget.forward_counted` and `budget.budget_loss`; then `freeze_diffrate`.
 
@@ -145,9 +146,9 @@ def add_diffrate(model, granularity=4):
         raise ValueError(f"granularity must be an integer from 1 to {model.num_patches}, not {granularity!r}")
     reducers = []
     for i in range(len(model.blocks)):
-        whole = i == 0 or i == len(model.blocks) - 1 and model.global_pool == "avg"
+        whole = i == 0 or i == len(model.blocks) - 1 and model.global_pool != "token"
         candidates = [model.num_patches] if whole else list(range(model.num_patches, 0, -granularity))
-        reducers.append(DiffRate(candidates, granularity, model.specials))
+        reducers.append(DiffRate(candidates, granularity, model.specials, ranking_queries(model)))
     return pyra.set_reducers(model, reducers, attend=attend_with_gradient)
 
 
@@ -170,7 +171,7 @@ def freeze_diffrate(model, rates=None):
     rates = learned if rates is None else pyra.to_python(rates)
     if len(rates) != len(learned) or not all(len(pair) == 2 and all(type(k) is int and 1 <= k <= model.num_patches for k in pair) for pair in rates):
         raise ValueError(f"rates must be one (prune, merge) for each of the {len(learned)} blocks, integers from 1 to {model.num_patches}, not {rates!r}")
-    return pyra.set_reducers(model, [FrozenDiffRate(*pair, model.specials) for pair in rates])
+    return pyra.set_reducers(model, [FrozenDiffRate(*pair, model.specials, ranking_queries(model)) for pair in rates])
 
 
 @pyra.on_model

@@ -7,15 +7,15 @@ import torch.nn as nn
 
 import pyra
 from pyra_lab import budget
-from pyra_lab.reducers.shared import attention_rows, check_class_token, gather_tokens
+from pyra_lab.reducers.shared import attention_received, gather_tokens, ranking_queries
 
 
 class EViT(nn.Module):
     """Keeps the patches that the class token attends to most, and fuses the others into one token."""
 
-    def __init__(self, keep_rate, specials=1):
+    def __init__(self, keep_rate, specials=1, queries=1):
         super().__init__()
-        self.keep_rate, self.specials = keep_rate, specials
+        self.keep_rate, self.specials, self.queries = keep_rate, specials, queries
         self.settings = dict(keep_rate=keep_rate)
 
     def kept(self, n):
@@ -29,7 +29,7 @@ class EViT(nn.Module):
         k = self.kept(n)
         if k == n - p:
             return tokens
-        score = attention_rows(qkv, queries=1).mean(dim=(1, 2))  # (b, n)
+        score = attention_received(qkv, queries=self.queries).mean(dim=1)  # (b, n)
         ranked = score[:, p:].argsort(dim=1, descending=True, stable=True) + p
         specials = torch.arange(p, device=ranked.device).expand(b, -1)
         kept, fused = gather_tokens(tokens, torch.cat([specials, ranked[:, :k]], dim=1)), ranked[:, k:]
@@ -55,14 +55,15 @@ def add_evit(model, keep_rate=0.7, layers=None):
 
     Those are the patches with the most attention a_j from the class token, the heads' mean; the others fuse into one token,
     sum a_j x_j, not normalised, which counts as a patch from then on. layers: blocks, from 0; None: a quarter, half and
-    three quarters of the way (3, 6, 9 of 12, the paper's). `evit_keep_rate` finds the keep rate for a budget. The
-    distillation token is always kept, which in the published code is a patch like any other. Returns the model. Raises ValueError.
+    three quarters of the way (3, 6, 9 of 12, the paper's). `evit_keep_rate` finds the keep rate for a budget. All special tokens
+    are kept; a distillation token is a patch like any other in the published code. Where no class token is classified, a_j is
+    the mean attention from all tokens. Returns the model. Raises ValueError.
     """
-    check_class_token(model, "EViT")
     layers, keep_rate = check_layers(model, layers), pyra.to_python(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
         raise ValueError(f"keep_rate must be greater than 0 and at most 1, not {keep_rate!r}")
-    return pyra.set_reducers(model, [EViT(float(keep_rate), model.specials) if i in layers else None for i in range(len(model.blocks))])
+    queries = ranking_queries(model)
+    return pyra.set_reducers(model, [EViT(float(keep_rate), model.specials, queries) if i in layers else None for i in range(len(model.blocks))])
 
 
 @pyra.on_model

@@ -42,7 +42,7 @@ class LTMP(nn.Module):
     @torch.no_grad()
     def similarity(self, qkv, dead):
         """For each even token its highest similarity to an odd one, -inf where it must not merge, and the index of that one: (b, a) each."""
-        scores = pyra.similarities(qkv.k.mean(dim=1), self.specials)
+        scores = pyra.similarities(qkv.metric(), self.specials)
         return scores.masked_fill(dead[:, ::2, None] | dead[:, None, 1::2], -math.inf).max(dim=-1)
 
     @torch.no_grad()
@@ -82,9 +82,8 @@ class LTMP(nn.Module):
         alive = alive * step_above(importance, self.prune_threshold)[..., None]
         size = size_with_gradient(number, alive)
         key = (size.detach()[..., 0] == 0).int() + 1
-        key[:, 0] = 0
-        if p == 2:
-            key[:, evens] = 0
+        key[:, :(p + 1) // 2] = place[:p:2] - p  # special tokens in front, in their order
+        key[:, evens:evens + p // 2] = place[1:p:2] - p
         order = key.argsort(dim=1, stable=True)
         if not self.training:
             order = order[:, :F.pad((key < 2).sum(dim=1), (0, 1), value=p).amax()]  # a batch may be empty

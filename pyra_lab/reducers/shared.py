@@ -11,10 +11,9 @@ from einops import rearrange
 import pyra
 
 
-def check_class_token(model, name):
-    if model.global_pool != "token":
-        raise ValueError(f"{name} ranks patches by the class token's attention, and a model with global_pool={model.global_pool!r} does not "
-                         "classify that token")
+def ranking_queries(model):
+    """How many tokens' attention ranks the patches: 1, the class token's, where that is classified; else None, all tokens'."""
+    return 1 if model.global_pool == "token" else None
 
 
 def remap_source(source, new_index):
@@ -40,6 +39,15 @@ def attention_rows(qkv, size=None, queries=None):
         if size is not None:
             scores = scores + rearrange(size.log(), "b n 1 -> b 1 1 n")
         return scores.softmax(dim=-1)
+
+
+def attention_received(qkv, size=None, queries=1):
+    """The attention that each token gets, (b, h, n) float32: from the class token, or with queries=None the mean from all living tokens."""
+    rows = attention_rows(qkv, size, queries)
+    if queries == 1 or size is None:
+        return rows.mean(dim=2)
+    alive = rearrange((size > 0).float(), "b n 1 -> b 1 n 1")
+    return (rows * alive).sum(dim=2) / alive.sum(dim=2)
 
 
 # While a reducer learns which tokens die, none is removed. A dead token's size becomes 0 in value only: straight through the
