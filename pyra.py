@@ -1,16 +1,16 @@
 """PYRA: parallel yielding re-activation, in plain PyTorch + einops.
 
-PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vision Transformer to a task and makes it
-faster in the same, single training stage:
+PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vision Transformer to a task and makes it faster in the same,
+single training stage:
 
 1. LoRA adds a low-rank update to every block's qkv projection; the backbone stays frozen.
 2. ToMe merges the r^l most similar token pairs of every block l between attention and MLP, so later blocks have less to do.
-3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the
-   pairs and yield a gate per channel and a gate per token; their product re-activates what averaging would blur.
-   After training, LoRA folds into the backbone, and what is left is a ViT that merges tokens, with 10,000 numbers of modulation.
+3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the pairs and yield a gate
+   per channel and a gate per token; their product re-activates what averaging would blur. After training, LoRA folds into the backbone, and
+   what is left is a ViT that merges tokens, with 10,000 numbers of modulation.
 
     model = create_model("vit_base_patch16_224", num_classes=100)
-    load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a .safetensors / .pth / .npz file
+    load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a file, tensors, a timm model
     add_lora(model, rank=8)
     add_pyra(model, merge_schedule("high"))
     ...                                                             # train param_groups(model, lr=1e-3, modulation_lr=1e-4)
@@ -45,13 +45,10 @@ import torch.utils.checkpoint
 from einops import rearrange, repeat
 
 # ---- What public functions check -------------------------------------------------------------------------------------
-
-
 def require(condition, sentence):
     """Raises ValueError with the sentence unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
-
 
 def unwrap(model):
     """The model inside torch.compile, DistributedDataParallel and DataParallel, in any nesting."""
@@ -59,24 +56,19 @@ def unwrap(model):
         model = inner
     return model
 
-
 def on_model(function):
     """Lets a function whose first argument is a model take a wrapped one too. Raises ValueError for a foreign one."""
     @functools.wraps(function)
     def wrapper(model, *args, **kwargs):
-        own, kind = unwrap(model), type(unwrap(model))
-        needed = f"{function.__name__} needs a pyra.VisionTransformer, not {kind.__module__}.{kind.__name__}: see create_model and load_pretrained"
-        require(isinstance(own, VisionTransformer), needed)
+        own, kind = unwrap(model), f"{type(unwrap(model)).__module__}.{type(unwrap(model)).__name__}"
+        require(isinstance(own, VisionTransformer), f"{function.__name__} needs a pyra.VisionTransformer, not {kind}: see create_model and load_pretrained")
         result = function(own, *args, **kwargs)
         return model if result is own else result
-
     return wrapper
-
 
 def to_python(value):
     """NumPy's and torch's numbers and arrays as Python's, in a list too."""
     return value.tolist() if hasattr(value, "tolist") else [to_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
-
 
 def check_integer(name, value, least=1):
     """The value as an int. Raises ValueError unless it is an integer, NumPy's and torch's too, and large enough."""
@@ -84,26 +76,20 @@ def check_integer(name, value, least=1):
     require(type(number) is int and number >= least, f"{name} must be {kind}, not {value!r}")
     return number
 
-
 # ---- Schedules: how many pairs each block merges ---------------------------------------------------------------------
-
 # Table 5 of the supplement. For ViT-L it prints 23 entries for 24 blocks: one of its 4s is missing (the published code has three).
-# The low lists are the constant 16 and 8; the last block has too few tokens left for a full entry.
 PAPER_SCHEDULES = {
-    ("low", 12): [16] * 11 + [10],
+    ("low", 12): [16] * 11 + [10], ("low", 24): [8] * 23 + [6],
     ("high", 12): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
-    ("low", 24): [8] * 23 + [6],
     ("high", 24): [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
 }
-MAC_RATIOS = {"low": 2.002, "high": 3.463}  # of ViT-B merged by these lists, with a head of 100 classes
-
+MAC_RATIOS = {"low": 2.002, "high": 3.463}  # of ViT-B when merged by these lists
 
 def check_flops_ratio(flops_ratio):
     """F/f, how many times fewer operations, as a Python number. Raises ValueError unless it is finite and above 1."""
     number = to_python(flops_ratio)
     require(type(number) in (int, float) and 1 < number < math.inf, f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
     return number
-
 
 def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
@@ -113,87 +99,76 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """
     depth, tokens, remaining = check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
     require(remaining < tokens, f"remaining ({remaining}) must be less than tokens ({tokens})")
-    flops_ratio = check_flops_ratio(flops_ratio)
-
-    g = lambda x: (1 - x / depth) ** (flops_ratio - 1)
-    # 1e-9: (1/12) * 192 is 15.999... in floating point, and must floor to 16
-    return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]
-
+    exponent = check_flops_ratio(flops_ratio) - 1
+    g = lambda x: (1 - x / depth) ** exponent
+    return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]  # 1e-9: (1/12) * 192 is 15.999...
 
 def merge_schedule(rate, depth=12, tokens=196, dim=768):
     """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block. Raises ValueError.
 
-    rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_macs` finds
+    rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_cost` finds
     for their ratio of operations on a ViT dim wide; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge.
     """
     if isinstance(rate, str):
         require(rate in MAC_RATIOS, f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
         if (rate, depth) in PAPER_SCHEDULES and tokens == 196:
             return list(PAPER_SCHEDULES[rate, depth])
-        with torch.device("meta"):
-            model = VisionTransformer(img_size=(1, tokens), patch_size=1, embed_dim=dim, num_heads=1, depth=depth, num_classes=0)
-        return solve_macs(model, MAC_RATIOS[rate])
+        cost = lambda counts: 768 * tokens + sum((4 * dim + 2 * n + 2) * (n + 1) + 8 * dim * (m + 1) for n, m in zip(counts, counts[1:]))  # over dim
+        return solve_cost(cost, check_integer("tokens", tokens, least=5), check_integer("depth", depth), MAC_RATIOS[rate])
     r, left = [], to_python(tokens)
     for entry in solve_schedule(depth, tokens, flops_ratio=rate):
         r.append(min(entry, most_merges(left, 0)))
         left -= r[-1]
     return r
 
-
-@on_model
-def counts_along(model, exponent, remaining):
-    """Tokens before the first block and after each along Eq. (1)'s curve with any exponent; each block merges at most half of its tokens."""
-    counts, depth = [model.num_patches + model.specials], len(model.blocks)
+def counts_along(tokens, depth, exponent, remaining):
+    """Patches before the first block and after each along Eq. (1)'s curve with any exponent; each block merges at most half of them."""
+    counts = [tokens]
     for l in range(1, depth + 1):
-        goal = round(model.specials + remaining + (model.num_patches - remaining) * (1 - l / depth) ** exponent)
-        counts.append(min(counts[-1], max(goal, counts[-1] - most_merges(counts[-1], model.specials))))
+        counts.append(min(counts[-1], max(round(remaining + (tokens - remaining) * (1 - l / depth) ** exponent), (counts[-1] + 1) // 2)))
     return counts
 
-
-@on_model
-def solve_macs(model, flops_ratio, remaining=4):
-    """The schedule of Eq. (1)'s family with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model.
+def solve_cost(cost, tokens, depth, flops_ratio, remaining=4):
+    """The schedule, one int per block, that makes cost(patches before the first block and after each) flops_ratio times less than no merging does.
 
     Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the exponent is
     solved for, rounding errors carry over to the next block, and then single tokens are moved while that helps. At least `remaining`
-    patches are left. Returns a list with one int per block. Raises ValueError where no schedule saves so many operations.
+    patches are left. Raises ValueError where no schedule saves so many operations.
     """
-    flops_ratio, remaining = check_flops_ratio(flops_ratio), check_integer("remaining", remaining)
-    require(remaining < model.num_patches, f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
-    start, least = model.num_patches + model.specials, remaining + model.specials
-    ratio = lambda counts: macs_of_counts(model, [start] * len(counts)) / macs_of_counts(model, counts)
-    most = ratio(counts_along(model, math.inf, remaining))  # half of the tokens in every block
+    along, ratio = functools.partial(counts_along, tokens, depth, remaining=remaining), lambda counts: cost([tokens] * len(counts)) / cost(counts)
+    most, miss = ratio(along(math.inf)), lambda counts: abs(ratio(counts) / flops_ratio - 1)  # most: half of the patches in every block
     require(flops_ratio <= most, f"flops_ratio {flops_ratio:g} is out of reach: merging down to {remaining} patches reaches {most:.2f} at most")
-    miss = lambda counts: abs(ratio(counts) / flops_ratio - 1)
-    fits = lambda counts: counts[-1] >= least and all(0 <= n - m <= most_merges(n, model.specials) for n, m in zip(counts, counts[1:]))
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if ratio(counts_along(model, middle, remaining)) < flops_ratio else (low, middle)
-    best, better = None, min((counts_along(model, exponent, remaining) for exponent in (low, high)), key=miss)
+        low, high = (middle, high) if ratio(along(middle)) < flops_ratio else (low, middle)
+    fits = lambda counts: counts[-1] >= remaining and all(0 <= n - m <= n // 2 for n, m in zip(counts, counts[1:]))
+    best, better = None, min(along(low), along(high), key=miss)
     while best is None or miss(better) < miss(best):
         best = better  # a pair more or less in block l: a token less or more after it and after all later ones
         moves = [best[:l] + [n + step for n in best[l:]] for l in range(1, len(best)) for step in (-1, 1)]
         better = min(filter(fits, moves), key=miss, default=best)
     return [n - m for n, m in zip(best, best[1:])]
 
+@on_model
+def solve_macs(model, flops_ratio, remaining=4):
+    """The schedule with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model: one int per block; see `solve_cost`. Raises ValueError."""
+    flops_ratio, remaining = check_flops_ratio(flops_ratio), check_integer("remaining", remaining)
+    require(remaining < model.num_patches, f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
+    cost = lambda counts: macs_of_counts(model, [n + model.specials for n in counts])
+    return solve_cost(cost, model.num_patches, len(model.blocks), flops_ratio, remaining)
 
 # ---- Tokens: what flows through the blocks ---------------------------------------------------------------------------
-
-
 SPECIALS = ("cls_token", "dist_token", "reg_token")  # in front of the patches, in this order
-
 
 class Tokens(NamedTuple):
     x: torch.Tensor  # (b, n, c) special tokens first
     size: torch.Tensor | None  # (b, n, 1) float32: how many tokens each one stands for; None: one each; 0: dead
     source: torch.Tensor  # (b, n0) int64: for each token of the input, the index of the one that now holds it; -1: none does
 
-
 def with_sizes(tokens):
     """The Tokens with explicit sizes: ones where size was None."""
     return tokens if tokens.size is not None else tokens._replace(size=torch.ones(*tokens.x.shape[:2], 1, device=tokens.x.device))
-
 
 class QKV(NamedTuple):
     q: torch.Tensor  # (b, h, n, d)
@@ -205,10 +180,7 @@ class QKV(NamedTuple):
         """What tokens are compared by: the heads' mean key (b, n, d), before RoPE, after which equal patches that are far apart look unlike."""
         return (self.k if self.unrotated is None else self.unrotated).mean(dim=1)
 
-
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-
 def drop_mask(x, rate):
     """Which elements of x dropout keeps, as bools: a share of 1 - rate, to within 2^-16."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -217,22 +189,17 @@ def drop_mask(x, rate):
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
-
 def with_update(linear, update):
     """The plain, frozen nn.Linear whose weight is that of `linear` plus the update (out, in), added in float32 before rounding."""
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    plain.weight = nn.Parameter((linear.weight.float() + update).to(linear.weight.dtype), requires_grad=False)
-    plain.bias = linear.bias
+    plain.weight, plain.bias = nn.Parameter((linear.weight.float() + update).to(linear.weight.dtype), requires_grad=False), linear.bias
     return plain
-
 
 class LoRALinear(nn.Linear):
     """A frozen linear map plus a low-rank update: y = W x + b + scale B A dropout(x). On qkv A (rank, c) is shared by q, k and v, as in the paper."""
-
     def __init__(self, linear, rank, dropout=0.0, scale=1.0):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features, self.weight, self.bias = linear.in_features, linear.out_features, linear.weight, linear.bias
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
         self.dropout, self.scale = dropout, scale
@@ -240,31 +207,24 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if self.training and self.dropout:
-            low = F.linear(torch.where(drop_mask(x, self.dropout), x, 0), self.lora_a) / (1 - self.dropout)
-        else:
-            low = F.linear(x, self.lora_a)
-        return y + F.linear(low, self.lora_b) * self.scale
+        dropped = self.training and self.dropout
+        low = F.linear(torch.where(drop_mask(x, self.dropout), x, 0) if dropped else x, self.lora_a)
+        low = low / (1 - self.dropout) if dropped else low
+        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_b) * self.scale
 
     @torch.no_grad()
     def folded(self):
         """The plain nn.Linear whose weight is W + scale B A."""
         return with_update(self, self.scale * self.lora_b.float() @ self.lora_a.float())
 
-
 # ---- Matching, merging, modulation -----------------------------------------------------------------------------------
-
-
 class Matching(NamedTuple):
     order: torch.Tensor  # (b, n) a permutation: the tokens that stay, in their new order, then the sources, most similar first
     dst: torch.Tensor  # (b, r) for each source the index, among those that stay, of the token that it merges into
 
-
 def most_merges(n, specials):
     """The most pairs that can merge among n tokens, `specials` of which never do."""
     return max((n - specials) // 2, 0)
-
 
 def similarities(metric, specials=1):
     """metric (b, n, d) -> cosines of even with odd tokens (b, ceil(n / 2), floor(n / 2)), float32; -inf for the first `specials` tokens."""
@@ -274,7 +234,6 @@ def similarities(metric, specials=1):
     for i in range(specials):
         scores.select(1 + i % 2, i // 2).fill_(-math.inf)
     return scores
-
 
 def match(metric, r, specials=1):
     """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
@@ -286,34 +245,27 @@ def match(metric, r, specials=1):
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: special tokens come first
-    n_even, n_odd = (specials + 1) // 2, specials // 2  # special tokens among the even and the odd ones
-
-    front, odd = (torch.arange(*ends, device=metric.device).expand(b, -1) for ends in ((specials,), (2 * n_odd + 1, n, 2)))
+    front, odd = (torch.arange(*ends, device=metric.device).expand(b, -1) for ends in ((specials,), (specials // 2 * 2 + 1, n, 2)))
     dst = partner.gather(1, src) + unmerged.shape[1]  # nothing merges into the odd special tokens: that they move to the front shifts no dst
-    return Matching(torch.cat([front, 2 * unmerged[:, n_even:], odd, 2 * src], dim=1), dst)
-
+    return Matching(torch.cat([front, 2 * unmerged[:, (specials + 1) // 2:], odd, 2 * src], dim=1), dst)
 
 def rows(index, n):
     """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch."""
     return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
-
 
 def take(x, index):
     """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). On a CPU copying whole rows is 20 times as fast as a gather."""
     taken = rearrange(x, "b n c -> (b n) c").index_select(0, rows(index, x.shape[1]))
     return rearrange(taken, "(b m) c -> b m c", b=x.shape[0], m=index.shape[1])
 
-
 def add_at(x, index, y):
     """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); several may go to the same token."""
     added = rearrange(x, "b n c -> (b n) c").index_add(0, rows(index, x.shape[1]), rearrange(y, "b m c -> (b m) c"))
     return rearrange(added, "(b n) c -> b n c", b=x.shape[0], n=x.shape[1])
 
-
 def widen(x):
     """x, but float16 as float32: sums of tokens, each times its size, go beyond float16's range."""
     return x.float() if x.dtype == torch.float16 else x
-
 
 def merge(tokens, matching, modulate=None):
     """Size-weighted merging (ToMe §3): every source is averaged into its destination, each weighted by its size.
@@ -321,23 +273,18 @@ def merge(tokens, matching, modulate=None):
     modulate: None, or a function (sources, destinations) -> sources, all (b, r, c), weighted by size, the most similar pair
     first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer.
     """
-    x, size, source = widen(tokens.x), tokens.size, tokens.source
-    order, dst = matching
+    x, size, (order, dst) = widen(tokens.x), tokens.size, matching
     r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
     x = x if size is None else x * size.to(x.dtype)
-    size = torch.ones(*order.shape, 1, device=x.device) if size is None else size
     stay, src = order.split([kept, r], dim=1)
     x, x_src = take(x, stay), take(x, src)
-    if modulate is not None:
-        x_src = modulate(x_src, take(x, dst))
+    x_src = x_src if modulate is None else modulate(x_src, take(x, dst))
     x = add_at(x, dst, x_src.to(x.dtype))
-    size = size.gather(1, order[..., None])
+    size = with_sizes(tokens).size.gather(1, order[..., None])
     size = size[:, :kept].scatter_add(1, dst[..., None], size[:, kept:])
-
     new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
     new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
-    return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, source))
-
+    return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, tokens.source))
 
 def modulate(src, dst, w_r, w_d):
     """PYRA's re-activation of the source tokens (§3.3 of the paper).
@@ -349,15 +296,12 @@ def modulate(src, dst, w_r, w_d):
       channel gate, is left out, and W stands where g_r stood, without a squashing function, since none is mentioned.
     """
     p = F.layer_norm(src + dst, src.shape[-1:])
-    delta_d = w_r.mT @ p  # (b, s, c)
-    delta_r = F.linear(p, w_d)  # (b, r, s)
+    delta_d, delta_r = w_r.mT @ p, F.linear(p, w_d)  # (b, s, c), (b, r, s)
     gate = 2 * delta_d.sigmoid() * (2 * delta_r.sigmoid() - 1) if w_r.shape[1] == 1 else delta_r @ delta_d  # (b, r, c)
     return torch.addcmul(src, src, gate)
 
-
 class ToMe(nn.Module):
     """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left."""
-
     def __init__(self, r, specials=1):
         super().__init__()
         self.r, self.specials = r, specials
@@ -370,15 +314,13 @@ class ToMe(nn.Module):
         return match(metric, n - self.tokens_after(n), self.specials)
 
     def forward(self, tokens, qkv):
-        n = tokens.x.shape[1]
-        return tokens if self.tokens_after(n) == n else merge(tokens, self.match(qkv))
+        return merge(tokens, self.match(qkv)) if self.tokens_after(tokens.x.shape[1]) < tokens.x.shape[1] else tokens
 
     def extra_repr(self):
         return f"r={self.r}"
 
 class PYRA(ToMe):
     """ToMe with modulation: w_r has one row per merged pair, in order of similarity, so r is exact and never clamped."""
-
     def __init__(self, r, dim, s=1, specials=1):
         super().__init__(r, specials)
         self.w_r = nn.Parameter(torch.empty(r, s).uniform_(-1, 1) / math.sqrt(s))
@@ -387,26 +329,10 @@ class PYRA(ToMe):
     def forward(self, tokens, qkv):
         return merge(tokens, self.match(qkv), lambda src, dst: modulate(src, dst, widen(self.w_r), widen(self.w_d)))
 
-    def extra_repr(self):
-        return f"r={self.r}, s={self.w_r.shape[1]}"
-
 # ---- The Vision Transformer ------------------------------------------------------------------------------------------
-
-
 def drop_path(x, rate):
     """Stochastic depth: drops a branch (b, n, c) for each sample with probability `rate`."""
     return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate) / (1 - rate)) if rate else x
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-
-    def forward(self, images):  # a convolution whose patches don't overlap is a linear map of each patch
-        (p, q), weight = self.proj.kernel_size, rearrange(self.proj.weight, "c k p q -> c (k p q)")
-        return F.linear(rearrange(images, "b k (y p) (x q) -> b (y x) (k p q)", p=p, q=q), weight, self.proj.bias)
-
 
 def attend(qkv, size=None):
     """Softmax(q k^T / sqrt(d) + log size) v, (b, h, n, d). With its size as weight, a merged token counts as all that it stands for."""
@@ -418,17 +344,15 @@ def attend(qkv, size=None):
         return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(*qkv[:3], attn_mask=bias)
 
-
 class RoPE(nn.Module):
     """DINOv3's rotary positions: turns pairs of channels of q and k by angles that grow with a token's place. Special tokens stay as they are.
 
     A merged token's place is the mean of its patches', each a point in [-1, 1]^2: our reading, since neither DINOv3 nor ToMe says. Averaging
     the places' sines and cosines instead would shrink q and k.
     """
-
     def __init__(self, grid, specials):
         super().__init__()
-        centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))
+        centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))  # of the patches, in halves of a patch
         self.register_buffer("side", torch.tensor(grid), persistent=False)  # integers, so that a model in bf16 computes the same angles
         self.register_buffer("place", torch.cat([self.side.expand(specials, 2), centres]), persistent=False)  # (n0, 2)
 
@@ -439,20 +363,14 @@ class RoPE(nn.Module):
         frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=place.device) * 4 / d)
         angle = rearrange(total[..., :2, None] / total[..., 2:, None].clamp(min=1) * frequency, "b n two f -> b 1 n (two f)")
         cos, sin = angle.cos(), angle.sin()
-
-        def rotate(x):
-            u, v = x.float().chunk(2, dim=-1)
-            return torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1).to(x.dtype)
-
+        turn = lambda u, v: torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1)
+        rotate = lambda x: turn(*x.float().chunk(2, dim=-1)).to(x.dtype)
         return QKV(rotate(qkv.q), rotate(qkv.k), qkv.v, unrotated=qkv.k)
-
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attend = attend  # replaced by reducers whose sizes carry a gradient, see set_reducers
 
     def project(self, x):
@@ -461,40 +379,25 @@ class Attention(nn.Module):
     def forward(self, qkv, size=None):
         return self.proj(rearrange(self.attend(qkv, size), "b h n d -> b n (h d)"))
 
-
-def quick_gelu(x):
-    return x * (1.702 * x).sigmoid()
-
-
-def swiglu(x):
-    gate, x = x.chunk(2, dim=-1)
-    return F.silu(gate) * x
-
-
-ACTS = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "swiglu": swiglu}
-
+ACTS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
+        "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1]}
 
 class Mlp(nn.Module):
     def __init__(self, dim, hidden, act="gelu"):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden if act == "swiglu" else hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.act = ACTS[act]
+        self.act, self.fc1, self.fc2 = act, nn.Linear(dim, 2 * hidden if act == "swiglu" else hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
-
+        return self.fc2(ACTS[self.act](self.fc1(x)))
 
 class AttentionPool(nn.Module):
     """SigLIP's pooling, (b, n, c) -> (b, c): a learned query attends to all tokens, to each as often as its size; then an MLP."""
-
     def __init__(self, dim, num_heads, hidden, eps, act):
         super().__init__()
         self.num_heads, self.attend = num_heads, attend
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, hidden, act)
+        self.norm, self.mlp = nn.LayerNorm(dim, eps=eps), Mlp(dim, hidden, act)
 
     def forward(self, x, size):
         q, (k, v) = self.q(self.latent).expand(x.shape[0], -1, -1), self.kv(x).chunk(2, dim=-1)
@@ -502,11 +405,9 @@ class AttentionPool(nn.Module):
         x = self.proj(rearrange(self.attend(QKV(q, k, v), size), "b h 1 d -> b (h d)"))
         return x + self.mlp(self.norm(x))
 
-
 def residual(tokens, u, branch):
     """How a branch joins the stream: x + branch, (b, n, c). u, the branch's input LN(x), is there for a PEFT that reads it too."""
     return tokens.x + branch
-
 
 class Block(nn.Module):
     """A transformer block that reduces its tokens between attention and MLP.
@@ -516,8 +417,7 @@ class Block(nn.Module):
 
     A reducer is a module called as reducer(tokens, qkv) -> Tokens. Besides:
     - tokens_after(n): how many of n tokens are left, special ones included; raises ValueError where the image decides;
-    - r, settings: what an adapter's file records of it, pairs merged (an int) and anything else (a dict); both optional.
-    Only where they apply:
+    - r, settings: what an adapter's file records of it, pairs merged (an int) and anything else (a dict); both optional. Only where they apply:
     - per_image = True: how many tokens are left depends on the image. A batch is padded with tokens of size 0;
     - lrs: {parameter name: learning rate} of parameters that have their own, without weight decay;
     - tokens_expected(n): in training, how many of n tokens (b,) float32 stay, with a gradient; else those of size > 0 count;
@@ -525,13 +425,11 @@ class Block(nn.Module):
     - after_step(): called after each step of the optimizer;
     - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP.
     """
-
     def __init__(self, dim, num_heads, hidden, drop_path_rate=0.0, eps=1e-6, act="gelu", rope=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
-        self.rope = rope
-        self.drop_path_rate = drop_path_rate
+        self.rope, self.drop_path_rate = rope, drop_path_rate
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden, act)
         self.peft_attn = self.peft_mlp = residual
@@ -544,11 +442,9 @@ class Block(nn.Module):
         qkv = self.attn.project(u) if self.rope is None else self.rope(self.attn.project(u), tokens.source)
         branch = drop_path(self.attn(qkv, tokens.size if self.prop_attn else None), rate)
         tokens = tokens._replace(x=self.peft_attn(tokens, u, branch))
-        if self.reducer is not None:
-            tokens = self.reducer(tokens, qkv)
+        tokens = tokens if self.reducer is None else self.reducer(tokens, qkv)
         u = self.norm2(tokens.x)
         return tokens._replace(x=self.peft_mlp(tokens, u, drop_path(self.mlp(u), rate)))
-
 
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al., 2021) and those after it that differ little, with timm's parameter names and, where timm has one, its word for a switch.
@@ -561,16 +457,14 @@ class VisionTransformer(nn.Module):
     - pre_norm: CLIP's norm before the first block; eps: of all norms; act: of the MLPs, a name in ACTS; rope: see RoPE.
     LayerScale is no switch: `load_pretrained` folds it into the weights. Raises ValueError.
     """
-
     def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, num_classes=1000, distilled=False,
                  global_pool="token", drop_path_rate=0.0, class_token=True, reg_tokens=0, fc_norm=True, pre_norm=False, eps=1e-6, act="gelu", rope=False):
         super().__init__()
-        pair = isinstance(img_size, (list, tuple)) and len(img_size) == 2
-        sides = [check_integer("img_size", side) for side in (img_size if pair else [img_size] * 2)]
+        sides = [check_integer("img_size", side) for side in (img_size if isinstance(img_size, (list, tuple)) else [img_size] * 2)]
         sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         patch_size, embed_dim, depth, num_heads = (check_integer(name, value) for name, value in sizes.items())
         num_classes, reg_tokens = check_integer("num_classes", num_classes, least=0), check_integer("reg_tokens", reg_tokens, least=0)
-        require(not any(side % patch_size for side in sides), f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        require(len(sides) == 2 and not any(side % patch_size for side in sides), f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         require(not rope or embed_dim // num_heads % 4 == 0, f"rope needs heads as wide as a multiple of 4, not {embed_dim // num_heads}")
         require(global_pool in ("token", "avg", "map"), f"global_pool must be 'token', 'avg' or 'map', not {global_pool!r}")
@@ -583,11 +477,9 @@ class VisionTransformer(nn.Module):
         given = dict(class_token=class_token, reg_tokens=reg_tokens, fc_norm=fc_norm, pre_norm=pre_norm, eps=eps, act=act, rope=rope)
         self.variant = {k: v for k, v in given.items() if v != VisionTransformer.__init__.__kwdefaults__[k]}  # for `describe`
         self.checkpoint = False  # in training: keep a block's input alone, and compute the block again in the backward pass
-        self.layer_scale = False  # whether LayerScale is folded into the weights
-        self.peft = None  # a PEFT other than LoRA: its name and sizes, for `describe`
-        self.folded = None  # the PEFT that was folded into the weights, if any: save_adapter has nothing left to save then
-
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.layer_scale = False  # whether LayerScale was folded into the weights
+        self.peft = self.folded = None  # a PEFT other than LoRA: its name and sizes, for `describe`; the PEFT that was folded into the weights
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)))
         for name, count in dict(cls_token=int(class_token), dist_token=int(distilled), reg_token=reg_tokens).items():
             if count:
                 setattr(self, name, nn.Parameter(torch.zeros(1, count, embed_dim)))
@@ -598,12 +490,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden, rate, eps, act, shared) for rate in rates)
         last = global_pool == "avg" and fc_norm
         self.norm, self.fc_norm = (nn.LayerNorm(embed_dim, eps=eps) if there else nn.Identity() for there in (not last, last))
-        if global_pool == "map":
-            self.attn_pool = AttentionPool(embed_dim, num_heads, hidden, eps, act)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        if distilled:
-            self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-
+        self.attn_pool = AttentionPool(embed_dim, num_heads, hidden, eps, act) if global_pool == "map" else None
+        for name in ("head", "head_dist")[:1 + distilled]:
+            setattr(self, name, nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity())
         for name, p in self.named_parameters():
             if p.ndim > 1 and not (rope and name == "pos_embed"):
                 nn.init.trunc_normal_(p, std=0.02)
@@ -615,8 +504,10 @@ class VisionTransformer(nn.Module):
         expected = (3, *(side * self.patch_size for side in self.grid))
         if images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+        weight = rearrange(self.patch_embed.proj.weight, "c k p q -> c (k p q)")  # a convolution of patches that don't overlap is a linear map of each
+        patches = F.linear(rearrange(images, "b k (y p) (x q) -> b (y x) (k p q)", p=self.patch_size, q=self.patch_size), weight, self.patch_embed.proj.bias)
         specials = [repeat(getattr(self, name), "1 k c -> b k c", b=images.shape[0]) for name in SPECIALS if hasattr(self, name)]
-        x = self.norm_pre(torch.cat([*specials, self.patch_embed(images)], dim=1) + self.pos_embed)
+        x = self.norm_pre(torch.cat([*specials, patches], dim=1) + self.pos_embed)
         source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
         return Tokens(x, None, source)
 
@@ -651,48 +542,37 @@ class VisionTransformer(nn.Module):
         x = self.norm(self.forward_tokens(images).x[:, :2])
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 
-
-SIZES = {  # models whose names don't say all that differs from ViT-B/16 at 224 pixels
-    "vit_nano_patch4_56": dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3),  # ours: data/README.md
-    **{f"vit_giant_patch14_{words}": dict(img_size=518, patch_size=14, embed_dim=1536, depth=40, num_heads=24, mlp_ratio=2.66667, act="swiglu", **more)
-       for words, more in (("dinov2", {}), ("reg4_dinov2", dict(reg_tokens=4)))},
-}
+SIZES = {"vit_nano_patch4_56": dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3)}  # ours: data/README.md
 WORDS = {  # what each word of a timm name says
     **dict.fromkeys(("vit", "deit", "deit3", "base", "miil", "qkvb"), {}), "distilled": dict(distilled=True),
     "tiny": dict(embed_dim=192, num_heads=3), "small": dict(embed_dim=384, num_heads=6), "medium": dict(embed_dim=512, num_heads=8),
-    "large": dict(embed_dim=1024, num_heads=16, depth=24), "huge": dict(embed_dim=1280, num_heads=16, depth=32),
-    "so400m": dict(embed_dim=1152, num_heads=16, depth=27, mlp_ratio=3.7362), "clip": dict(pre_norm=True, eps=1e-5), "quickgelu": dict(act="quick_gelu"),
-    "siglip": dict(class_token=False, global_pool="map"), "gap": dict(class_token=False, global_pool="avg", fc_norm=False),
-    "dinov2": dict(img_size=518), "reg4": dict(reg_tokens=4), "plus": dict(act="swiglu"),
-    "dinov3": dict(img_size=256, reg_tokens=4, rope=True, eps=1e-5, global_pool="avg", fc_norm=False),
+    "large": dict(embed_dim=1024, num_heads=16, depth=24), "so400m": dict(embed_dim=1152, num_heads=16, depth=27, mlp_ratio=3.7362),
+    "huge": dict(embed_dim=1280, num_heads=16, depth=32), "giant": dict(embed_dim=1536, num_heads=24, depth=40, mlp_ratio=2.66667, act="swiglu"),
+    "clip": dict(pre_norm=True, eps=1e-5), "quickgelu": dict(act="quick_gelu"), "siglip": dict(class_token=False, global_pool="map"),
+    "gap": dict(class_token=False, global_pool="avg", fc_norm=False), "dinov2": dict(img_size=518), "reg4": dict(reg_tokens=4),
+    "dinov3": dict(img_size=256, reg_tokens=4, rope=True, eps=1e-5, global_pool="avg", fc_norm=False), "plus": dict(act="swiglu"),
 }
-UNLIKE_THEIR_WORDS = r"_plus_(?!.*dinov3)|huge_plus|reg4_gap|base_patch16_gap"
-GELU_TANH = r"so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|base_patch32_siglip"
-
 
 def read_name(name):
     """VisionTransformer's kwargs for a timm name without the tag of its weights. Raises ValueError for a name that isn't of a plain ViT."""
     if name in SIZES:
         return SIZES[name]
     patch, words = re.search(r"_patch(\d+)", name), [word for word in name.split("_") if not word.startswith("patch")]
-    known = patch and all(word in WORDS or word.isdigit() for word in words) and not re.search(UNLIKE_THEIR_WORDS, name)
-    require(known, f"no model is called {name!r}: timm's names of plain ViTs are known, of a patch size and the words {', '.join(WORDS)}")
+    more = re.search(r"_giant_(?!.*dinov2)|_plus_(?!.*dinov3)|huge_plus|reg4_gap|base_patch16_gap", name)  # than the words say
+    tanh = re.search(r"so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|base_patch32_siglip", name)
+    require(patch and not more and all(word in WORDS or word.isdigit() for word in words),
+            f"no model is called {name!r}: timm's names of plain ViTs are known, of a patch size and the words {', '.join(WORDS)}")
     said = [WORDS.get(word) or (dict(img_size=int(word)) if word.isdigit() else {}) for word in words]
-    return {"patch_size": int(patch[1]), "act": "gelu_tanh" if re.search(GELU_TANH, name) else "gelu", **dict(pair for part in said for pair in part.items())}
-
+    return functools.reduce(dict.__or__, said, dict(patch_size=int(patch[1]), act="gelu_tanh" if tanh else "gelu"))
 
 def create_model(name, **kwargs):
     """An untrained VisionTransformer, with its kwargs, by its timm name with or without the tag of its weights (".mae"). Raises ValueError."""
     return VisionTransformer(**{**read_name(str(name).split(".")[0]), **kwargs})
 
-
 # ---- Surgery: adapting and merging an existing model -----------------------------------------------------------------
-
-
 def is_adapter(name):
     """Whether adaptation trains the parameter: a PEFT's, a reducer's, or the class head's (with global_pool="avg" also its norm's)."""
     return "lora_" in name or "peft_" in name or ".reducer." in name or name.startswith(("head.", "fc_norm."))
-
 
 @on_model
 def freeze(model):
@@ -700,7 +580,6 @@ def freeze(model):
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name))
     return model
-
 
 @on_model
 def check_peft(model, dropout=0.0, **sizes):
@@ -711,16 +590,12 @@ def check_peft(model, dropout=0.0, **sizes):
     present = model.peft["name"] if model.peft else "LoRA" if lora_layers(model) else None
     require(not present, f"the model has {present} already, and takes one PEFT: fold that one in, or build another model")
 
-
 LORA_TARGETS = {"qkv": "attn", "proj": "attn", "fc1": "mlp", "fc2": "mlp"}  # linear maps of a block: where each one is
 
-
-@on_model
 def lora_layers(model):
     """The maps with LoRA, {name of a map in a block: its LoRALinears, one per block}."""
-    found = {name: [getattr(getattr(block, part), name, None) for block in model.blocks] for name, part in LORA_TARGETS.items()}
+    found = {name: [getattr(getattr(block, part), name) for block in model.blocks] for name, part in LORA_TARGETS.items()}
     return {name: layers for name, layers in found.items() if isinstance(layers[0], LoRALinear)}
-
 
 @on_model
 def add_lora(model, rank=8, dropout=0.1, targets=("qkv",), alpha=None):
@@ -730,7 +605,7 @@ def add_lora(model, rank=8, dropout=0.1, targets=("qkv",), alpha=None):
     alpha / rank; None: by 1, as in the paper. Raises ValueError.
     """
     check_peft(model, dropout, rank=rank)
-    known = isinstance(targets, (list, tuple)) and targets and all(name in LORA_TARGETS for name in targets) and len({*targets}) == len(targets)
+    known = isinstance(targets, (list, tuple)) and 0 < len({*targets} & {*LORA_TARGETS}) == len(targets)
     require(known, f"targets must be different names out of {', '.join(LORA_TARGETS)}, not {targets!r}")
     require(alpha is None or 0 < alpha < math.inf, f"alpha must be a finite number greater than 0, not {alpha!r}")
     for block in model.blocks:
@@ -739,7 +614,6 @@ def add_lora(model, rank=8, dropout=0.1, targets=("qkv",), alpha=None):
             setattr(part, name, LoRALinear(getattr(part, name), rank, dropout, 1.0 if alpha is None else alpha / rank))
     model.folded = None
     return freeze(model)
-
 
 @on_model
 def merge_lora(model):
@@ -750,7 +624,6 @@ def merge_lora(model):
         model.folded = "LoRA"
     return model
 
-
 @on_model
 def check_schedule(model, r):
     """r, an int or a list, as a list of ints with one entry per block. Raises ValueError."""
@@ -760,17 +633,15 @@ def check_schedule(model, r):
     require(len(entries) == depth, f"the schedule has {len(entries)} entries, the model {depth} blocks")
     return [check_integer(f"block {i}: r", entry, least=0) for i, entry in enumerate(entries)]
 
-
 @on_model
 def set_reducers(model, reducers, prop_attn=True, attend=attend):
     """Gives each block its reducer, or None, in place of the one that it had, and the attention that its sizes need. Returns the model."""
     for block, reducer in zip(model.blocks, reducers, strict=True):
         block.reducer = None if reducer is None else reducer.to(model.pos_embed.device).train(model.training)
         block.prop_attn, block.attn.attend = prop_attn, attend
-    if model.global_pool == "map":
+    if model.attn_pool is not None:
         model.attn_pool.attend = attend
     return model
-
 
 @on_model
 def add_tome(model, r, prop_attn=True):
@@ -779,7 +650,6 @@ def add_tome(model, r, prop_attn=True):
     r: pairs merged, an int or a list with one entry per block; at most half of its tokens. prop_attn: proportional attention. Raises ValueError.
     """
     return set_reducers(model, [ToMe(entry, model.specials) if entry else None for entry in check_schedule(model, r)], prop_attn)
-
 
 @on_model
 def add_pyra(model, r, s=1, prop_attn=True):
@@ -790,67 +660,76 @@ def add_pyra(model, r, s=1, prop_attn=True):
     s = check_integer("s", s)
     entries, n = check_schedule(model, r), model.num_patches + model.specials
     for i, entry in enumerate(entries):
-        most = most_merges(n, model.specials)
-        require(entry <= most, f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
+        require(entry <= (most := most_merges(n, model.specials)), f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
         n -= entry
     reducers = [PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries]
     return set_reducers(model, reducers, prop_attn)
 
-
 @on_model
-def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4, layer_decay=None):
+def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
     """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
 
-    Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr.
-    Parameters with a learning rate from their reducer (`lrs`) form groups of their names. layer_decay: for full fine-tuning
-    (BEiT, MAE), the learning rate's factor from each block to the one below; then there is one group per layer.
+    Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr. Parameters with a
+    learning rate from their reducer (`lrs`) form groups of their names.
     """
     kinds = {"decay": dict(lr=lr, weight_decay=weight_decay), "no_decay": dict(lr=lr, weight_decay=0.0),
              "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay)}
     for name, own in [pair for block in model.blocks for pair in getattr(block.reducer, "lrs", {}).items()]:
         require(kinds.setdefault(name, new := dict(lr=own, weight_decay=0.0)) == new, f"lrs has two learning rates for {name}: rename one")
-    groups = {kind: {} for kind in kinds}
+    groups = {kind: [] for kind in kinds}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            own = name.rpartition(".reducer.")[2]
-            plain = p.ndim <= 1 or name in ("pos_embed", "attn_pool.latent", *SPECIALS)
-            kind = own if own in kinds else "modulation" if own in ("w_r", "w_d") else "no_decay" if plain else "decay"
-            above = layers_above(name, len(model.blocks)) if layer_decay is not None and own not in kinds else 0
-            groups[kind].setdefault(above, []).append(p)
-    return [dict(kinds[kind], name=kind, params=params, lr=kinds[kind]["lr"] * (layer_decay or 1) ** above)
-            for kind, layers in groups.items() for above, params in layers.items()]
-
-
-def layers_above(name, depth):
-    """How many layers lie between a parameter and the logits: depth + 1 for the embedding's, 0 for a head's."""
-    block, embeds = re.match(r"blocks\.(\d+)\.", name), name.startswith(("patch_embed.", "pos_embed", "norm_pre.", *SPECIALS))
-    return depth - int(block[1]) if block else depth + 1 if embeds else 0
-
+            own, plain = name.rpartition(".reducer.")[2], p.ndim <= 1 or name in ("pos_embed", "attn_pool.latent", *SPECIALS)
+            groups[own if own in kinds else "modulation" if own in ("w_r", "w_d") else "no_decay" if plain else "decay"].append(p)
+    return [dict(kinds[kind], name=kind, params=params) for kind, params in groups.items() if params]
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
-
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+# Other releases' names -> timm's, applied from top to bottom. timm's own match none of these, but for the last line: DeiT III's and DINO's.
+RENAMES = [
+    # Google's JAX release
+    (r"^cls$", "cls_token"), (r"^embedding/", "patch_embed.proj/"), (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"), (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"LayerNorm_0/", "norm1/"),
+    (r"LayerNorm_2/", "norm2/"), (r"MlpBlock_3/Dense_0/", "mlp.fc1/"), (r"MlpBlock_3/Dense_1/", "mlp.fc2/"), (r"/scale$", ".weight"),
+    (r"MultiHead\w+_1/out/", "attn.proj/"), (r"MultiHead\w+_1/(query|key|value)/", r"attn.\1/"), (r"/(kernel|bias)$", r".\1"),
+    # Hugging Face's ViT, DeiT and DINOv2: as files have it, and as modules have it since transformers 5
+    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"), (r"^layernorm\.", "norm."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
+    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
+    (r"attention\.q_proj\.", "attn.query."), (r"attention\.k_proj\.", "attn.key."), (r"attention\.v_proj\.", "attn.value."),
+    (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^(cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."), (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"), (r"^(storage_tokens|(embeddings\.)?register_tokens)$", "reg_token"),
+]
+UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
+SIGNS = [  # among a checkpoint's names: why it may not fit
+    (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
+    (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional network"),
+    (r"q_norm|mlp\.norm|attn\.norm|rope\.", "a ViT with norms or rotations of its own in its blocks"), (r"decoder", "an autoencoder with its decoder"),
+    (r"pre_layrnorm|visual|text_|layer_norm1", "CLIP or SigLIP as OpenAI or Hugging Face name it: take timm's release of it"),
+    (r"reg_token|norm_pre|attn_pool", "another family of ViT: create the model by the timm name of these weights"),
+]
 
 def first_line(error, most=300):
     """The first line of an exception's message, or of any other text, without a terminal's commands."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", (str(error).splitlines() or [type(error).__name__])[0][:most])
 
-
 def listed(names):
     """A few of the names, and how many more there are."""
     return ", ".join(first_line(name, 80) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-
 def check_fit(source, own, given, optional=(), reason=""):
     """Raises ValueError unless the tensors `given` have the names and shapes of `own`, {name: tensor}; some names may be optional."""
-    missing = [k for k in own if k not in given and not k.startswith(tuple(optional))]
-    unexpected = [k for k in given if k not in own]
-    misshapen = [f"{k} as {tuple(given[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in given and given[k].shape != own[k].shape]
-    require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed(unexpected)}{reason}")
-    for what, names in (("has", misshapen), ("lacks", missing), ("has the unexpected", unexpected)):
+    require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed([*given])}{reason}")
+    for what, names in {
+        "has": [f"{k} as {tuple(given[k].shape)}, not {tuple(p.shape)}" for k, p in own.items() if k in given and given[k].shape != p.shape],
+        "lacks": [k for k in own if k not in given and not k.startswith(tuple(optional))],
+        "has the unexpected": [k for k in given if k not in own],
+    }.items():
         require(not names, f"{source} doesn't fit the model: it {what} {listed(names)}{reason}")
     odd = [k for k, v in given.items() if not (v.is_floating_point() and v.float().isfinite().all())]
     require(not odd, f"{source} doesn't fit the model: not all is a finite floating-point number in {listed(odd)}")
-
 
 @on_model
 @torch.no_grad()
@@ -864,7 +743,7 @@ def load_pretrained(model, source):
     """
     source, found = read_checkpoint(source)
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
-    weights = fold_extras(model, to_timm_names(source, found), own)
+    weights = fold_extras(model, renamed := to_timm_names(source, found), own)
     shapes = {f"{head}.": getattr(weights.get(f"{head}.weight"), "shape", ()) for head in ("head", "head_dist")[: 1 + model.distilled]}
     left = [head for head, shape in shapes.items() if shape[1:] == (model.embed_dim,) and shape[0] != model.num_classes]
     left += [part for part in ("norm.", "attn_pool.") if not any(k.startswith(part) for k in own)]
@@ -881,13 +760,14 @@ def load_pretrained(model, source):
         check_fit(source, own, weights, tuple(own))
     for name, value in weights.items():
         own[name].copy_(value)
+    model.layer_scale = any(name.endswith("ls1.gamma") for name in renamed)
     return model
-
 
 def read_checkpoint(source):
     """load_pretrained's source -> how messages call it, {name: tensor}."""
-    if isinstance(source, (nn.Module, Mapping)):
-        return "the source", find_weights("the source", source if isinstance(source, Mapping) else unwrap(source).state_dict())
+    source = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
+    if isinstance(source, Mapping):
+        return "the source", find_weights("the source", source)
     require(isinstance(source, (str, os.PathLike)), f"weights must be a path, a name on the hub, tensors by name or a module, not {type(source).__name__}")
     path = os.path.expanduser(source)  # a link may have the suffix, or what it leads to
     suffix = next((end for p in (path, os.path.realpath(path)) if (end := os.path.splitext(p)[1].lower()) in SUFFIXES), None)
@@ -896,10 +776,9 @@ def read_checkpoint(source):
         require(named, f"weights must be a {', '.join(SUFFIXES)} file or a name on the hub, not {path!r}")
         from huggingface_hub import hf_hub_download
         try:
-            path = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors")
+            path, suffix = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors"), ".safetensors"
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
             raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error, 200)}") from error
-        suffix = ".safetensors"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     try:
@@ -914,11 +793,10 @@ def read_checkpoint(source):
             with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's arguments: data, no code
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or pickled code
-        code = [f"it holds {name}, which could run code: save its state dict alone" for name in re.findall(r"GLOBAL (\S+)", str(error))]
         why = first_line(error) if isinstance(error, (PermissionError, MemoryError)) else "it is damaged, incomplete or of another kind"
-        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {code[0] if code else why}") from error
+        code = [f"it holds {name}, which could run code: save its state dict alone" for name in re.findall(r"GLOBAL (\S+)", str(error))]
+        raise ValueError(f"{path} can't be read as a {suffix} file of tensors: {[*code, why][0]}") from error
     return path, find_weights(path, content)
-
 
 def find_weights(source, content):
     """The {name: tensor} in a training checkpoint, EMA weights first as in timm. Raises ValueError."""
@@ -936,35 +814,6 @@ def find_weights(source, content):
         warnings.warn(f"{source} holds EMA weights, {ema[0]}: they are loaded instead of the last step's", stacklevel=6)
     return weights
 
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
-# Other releases' names -> timm's, applied from top to bottom. timm's own match none of these.
-RENAMES = [
-    # Google's JAX release
-    (r"^cls$", "cls_token"), (r"^embedding/", "patch_embed.proj/"), (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoder_norm/", "norm/"), (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."), (r"LayerNorm_0/", "norm1/"),
-    (r"LayerNorm_2/", "norm2/"), (r"MlpBlock_3/Dense_0/", "mlp.fc1/"), (r"MlpBlock_3/Dense_1/", "mlp.fc2/"), (r"/scale$", ".weight"),
-    (r"MultiHead\w+_1/out/", "attn.proj/"), (r"MultiHead\w+_1/(query|key|value)/", r"attn.\1/"), (r"/(kernel|bias)$", r".\1"),
-    # Hugging Face's ViT, DeiT and DINOv2: as files have it, and as modules have it since transformers 5
-    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"), (r"^layernorm\.", "norm."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."), (r"layernorm_before\.", "norm1."), (r"layernorm_after\.", "norm2."),
-    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."), (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
-    (r"attention\.q_proj\.", "attn.query."), (r"attention\.k_proj\.", "attn.key."), (r"attention\.v_proj\.", "attn.value."),
-    (r"intermediate\.dense\.", "mlp.fc1."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"^(cls_)?classifier\.", "head."),
-    (r"^distillation_classifier\.", "head_dist."), (r"^(embeddings\.)?register_tokens$", "reg_token"), (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
-    (r"\.gamma_([12])$", r".ls\1.gamma"), (r"^storage_tokens$", "reg_token"),  # DeiT III and DINOv3
-]
-UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
-SIGNS = [  # among a checkpoint's names: why it may not fit
-    (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
-    (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional network"),
-    (r"^reg_token|^ls\d|norm_pre|attn_pool", "another family of ViT: create the model by the timm name of these weights"),
-    (r"q_norm|mlp\.norm|attn\.norm|rope", "a ViT with norms or rotations inside its blocks"), (r"decoder", "an autoencoder with its decoder"),
-    (r"pre_layrnorm|visual|text_|logit_scale|layer_norm1", "CLIP or SigLIP as OpenAI or Hugging Face name it: take timm's release of it"),
-]
-
-
 def to_timm_names(source, weights):
     """{name: tensor} of any known release -> timm's names and layouts."""
     prefixes = sorted({found[1] for name in weights if (found := re.fullmatch(r"((?:[^./]+[./])*?)(embeddings\.)?(cls|cls_token)", name))})
@@ -978,60 +827,49 @@ def to_timm_names(source, weights):
             name = name.removesuffix("kernel") + "weight"
             into_heads = value.ndim == 3 and not name.endswith("attn.proj.weight")
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.flatten(1).mT if into_heads else value.flatten(0, -2).mT
-        value = value.flatten() if re.search(r"attn\.(query|key|value)\.bias$", name) else value
         require(name not in renamed, f"{source} holds {name} twice, under different names")
-        renamed[name] = value
-    for name in [name for name in renamed if ".attn.query." in name]:
-        parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if len({renamed[part].shape if part in renamed else None for part in parts}) == 1:
-            renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
+        renamed[name] = value.flatten() if re.search(r"attn\.(query|key|value)\.bias$", name) else value
     return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
-
 
 def fold_extras(model, weights, own):
     """Weights by timm's names without what a plain ViT has no parameter for: exact rewrites, {name: tensor}.
 
-    LayerScale goes into attn.proj and mlp.fc2, SwiGLU's two maps and DINOv3's q and v biases into one tensor. Where they are left out on
-    purpose, biases (of qkv in all blocks, of CLIP's patch embedding) and position embeddings (with RoPE) are zeros.
+    LayerScale goes into attn.proj and mlp.fc2; what is apart is joined: q, k and v, DINOv3's biases, SwiGLU's two maps. What is left out on
+    purpose is zeros: biases (of qkv in all blocks, of CLIP's patch embedding), position embeddings (with RoPE).
     """
-    weights = dict(weights)
+    weights = weights | {name.replace("q_bias", "k_bias"): torch.zeros_like(q) for name, q in weights.items() if name.endswith("attn.q_bias")}
+    for whole, parts in {"attn.qkv.": ("attn.query.", "attn.key.", "attn.value."), "attn.qkv.bias": ("attn.q_bias", "attn.k_bias", "attn.v_bias"),
+                         "mlp.fc1.": ("mlp.fc1_g.", "mlp.fc1_x.")}.items():
+        for name in [name for name in weights if parts[0] in name]:
+            names = [name.replace(parts[0], part) for part in parts]
+            if len({weights[part].shape if part in weights else None for part in names}) == 1:
+                weights[name.replace(parts[0], whole)] = torch.cat([weights.pop(part) for part in names])
     for name in [name for name in weights if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
-        for part in ("weight", "bias"):
-            scaled = name.replace("ls1.gamma", f"attn.proj.{part}").replace("ls2.gamma", f"mlp.fc2.{part}")
-            if scaled in weights and weights[scaled].shape[:1] == weights[name].shape:
-                weights[scaled] = torch.einsum("o, o... -> o...", weights[name].float(), weights[scaled].float())
-        del weights[name]
-        model.layer_scale = True
-    for name in [name for name in weights if ".mlp.fc1_g." in name]:
-        weights[name.replace("fc1_g", "fc1")] = torch.cat([weights.pop(name), weights.pop(name.replace("fc1_g", "fc1_x"))])
-    for name in [name for name in weights if name.endswith("attn.q_bias")]:
-        q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
-        weights[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    optional = {"attn.qkv.bias": True, "patch_embed.proj.bias": "pre_norm" in model.variant, "pos_embed": "rope" in model.variant}
-    absent = tuple(end for end, allowed in optional.items() if allowed and not any(name.endswith(end) for name in weights))
-    return weights | {name: torch.zeros_like(p) for name, p in own.items() if absent and name.endswith(absent)}
+        layer = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
+        scaled = {f"{layer}{part}": weights.get(f"{layer}{part}") for part in ("weight", "bias")}
+        if all(w is not None and w.shape[:1] == weights[name].shape for w in scaled.values()):
+            gamma = weights.pop(name).float()
+            weights |= {layer: torch.einsum("o, o... -> o...", gamma, w.float()) for layer, w in scaled.items()}
+    zeros = ["attn.qkv.bias"] + ["patch_embed.proj.bias"] * ("pre_norm" in model.variant) + ["pos_embed"] * ("rope" in model.variant)
+    absent = [end for end in zeros if any("attn.qkv.weight" in name for name in weights) and not any(name.endswith(end) for name in weights)]
+    return weights | {name: torch.zeros_like(p) for name, p in own.items() if name.endswith(tuple(absent))}
 
-
-@on_model
 def resize_pos_embed(model, pos_embed):
     """A position embedding (1, k + n, c) as the model's: the grid resized, bicubic as in timm; zeros for special tokens that have none. Raises ValueError."""
     rows = pos_embed.shape[1] if pos_embed.ndim == 3 and pos_embed.shape[0] == 1 else 0
     firsts = [k for k in (model.specials, 1, 0) if k <= model.specials]
     k = next((k for k in firsts if rows - k == model.num_patches or rows > k and math.isqrt(rows - k) ** 2 == rows - k), None)
     require(k is not None, f"the position embedding {tuple(pos_embed.shape)} isn't {model.specials} special tokens and a square grid")
-    first, patches, side = pos_embed[:, :k], pos_embed[:, k:], math.isqrt(rows - k)
+    first, patches = pos_embed.split([k, rows - k], dim=1)
     if patches.shape[1] != model.num_patches:
-        patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=side)
+        patches = rearrange(patches.float(), "1 (y x) c -> 1 c y x", y=math.isqrt(rows - k))
         patches = rearrange(F.interpolate(patches, size=model.grid, mode="bicubic", antialias=True), "1 c y x -> 1 (y x) c").to(pos_embed.dtype)
     return torch.cat([first, first.new_zeros(1, model.specials - k, model.embed_dim), patches], dim=1)
-
 
 @torch.no_grad()
 def from_timm(timm_model):
     """timm's VisionTransformer, or its Eva of DINOv3's kind, as ours: the same weights, and the same logits, which are compared. Raises ValueError."""
     theirs, kind = unwrap(timm_model), type(unwrap(timm_model)).__name__
-    reason = next((f"it looks like {why}" for pattern, why in SIGNS for name in theirs.state_dict() if re.search(pattern, name)), "it isn't a plain ViT")
-    acts = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}
     has = lambda name: getattr(theirs, name, None) is not None and not isinstance(getattr(theirs, name), nn.Identity)
     try:
         block, embed, pool = theirs.blocks[0], theirs.patch_embed, theirs.global_pool
@@ -1039,41 +877,35 @@ def from_timm(timm_model):
             img_size=embed.img_size, patch_size=embed.patch_size[0], embed_dim=theirs.embed_dim, depth=len(theirs.blocks), num_heads=block.attn.num_heads,
             mlp_ratio=block.mlp.fc2.in_features / theirs.embed_dim, num_classes=theirs.num_classes, distilled=has("dist_token"), global_pool=pool,
             class_token=has("cls_token"), reg_tokens=theirs.reg_token.shape[1] if has("reg_token") else 0, fc_norm=pool != "avg" or has("fc_norm"),
-            pre_norm=has("norm_pre"), eps=block.norm1.eps, act=acts[type(block.mlp.act).__name__], rope=has("rope"))
-        load_pretrained(ours.to(theirs.patch_embed.proj.weight), theirs)
+            pre_norm=has("norm_pre"), eps=block.norm1.eps, rope=has("rope"),
+            act={"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}.get(type(block.mlp.act).__name__, "gelu"))
+        load_pretrained(ours.to(embed.proj.weight), theirs)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{kind} can't be converted: {reason} ({first_line(error)})") from error
+        reasons = [f"it looks like {why}" for pattern, why in SIGNS for name in theirs.state_dict() if re.search(pattern, name)]
+        raise ValueError(f"{kind} can't be converted: {[*reasons, 'it is no plain ViT'][0]} ({first_line(error)})") from error
     images, training = torch.randn(2, 3, *embed.img_size).to(ours.pos_embed), theirs.training
-    expected = theirs.eval()(images)
-    found = sum(ours.eval().forward_heads(images)) / 2 if ours.distilled else ours.eval()(images)
-    theirs.train(training), ours.train(training)
-    miss = ((found - expected).abs().max() / expected.abs().max()).item()
-    require(miss < (1e-3 if expected.dtype == torch.float32 else 5e-2), f"{kind} can't be converted: its forward pass differs from a plain ViT's")
-    return ours
-
+    expected, found = theirs.eval()(images), sum(ours.eval().forward_heads(images)) / 2 if ours.distilled else ours.eval()(images)
+    theirs.train(training)
+    miss, tolerance = ((found - expected).abs().max() / expected.abs().max()).item(), 1e-3 if expected.dtype == torch.float32 else 5e-2
+    require(miss < tolerance, f"{kind} can't be converted: its forward pass differs from a plain ViT's")
+    return ours.train(training)
 
 def frozen(model):
     """The backbone's frozen parameters, {name: tensor}, sorted."""
-    return {name: p.detach() for name, p in sorted(model.named_parameters())
-            if not p.requires_grad and not is_adapter(name) and not name.startswith("head_dist.")}
-
+    return {k: p.detach() for k, p in sorted(model.named_parameters()) if not p.requires_grad and not is_adapter(k) and not k.startswith("head_dist.")}
 
 def digest(tensors, dtype=None):
     """A hash of {name: tensor}, of the values as dtype where one is given."""
     found = hashlib.sha256()
     for name, p in tensors.items():
-        found.update(name.encode())
-        found.update(p.to("cpu", dtype or p.dtype).flatten().view(torch.uint8).numpy().tobytes())
+        found.update(name.encode() + p.to("cpu", dtype or p.dtype).flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
 
 def sketch(model):
     """A projection of each frozen parameter, and how far rounding may move it, two (parameters,): a hash survives no rounding to float16."""
     wave = lambda n: torch.arange(1, n + 1).double().cos()
     flat = (p.cpu().double().reshape(-1, *p.shape[-1:]) for p in frozen(model).values())  # one at a time: doubles are large
-    pairs = [(wave(len(x)) @ x @ wave(x.shape[1]), 5e-3 * x.norm() + 1e-7 * x.numel() ** 0.5) for x in flat]
-    return torch.tensor([value for value, _ in pairs]), torch.tensor([tolerance for _, tolerance in pairs])
-
+    return torch.tensor([(wave(len(x)) @ x @ wave(x.shape[1]), 5e-3 * x.norm() + 1e-7 * x.numel() ** 0.5) for x in flat]).double().reshape(-1, 2).T
 
 def same_in_float16(metadata, model):
     """Whether the file's frozen weights are the model's, where one of them is held in float16."""
@@ -1083,25 +915,20 @@ def same_in_float16(metadata, model):
     except (KeyError, TypeError, ValueError, RuntimeError):  # an older version's file, another number of parameters, or a damaged file
         return False
 
-
 @on_model
 def describe(model):
     """What an adapter must fit, as {str: str}: geometry, classes, PEFT, reducers, and a hash of the frozen weights."""
-    reducers = [block.reducer for block in model.blocks]
-    settings, lora = [getattr(reducer, "settings", None) for reducer in reducers], lora_layers(model)
-    lora_variant = [list(lora), next(iter(lora.values()))[0].scale] if lora else [["qkv"], 1.0]
-    fields = dict(
-        img_size=model.img_size, patch_size=model.patch_size, embed_dim=model.embed_dim, depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads, num_classes=model.num_classes, distilled=model.distilled, global_pool=model.global_pool,
-        lora_rank=len(next(iter(lora.values()))[0].lora_a) if lora else 0, peft=model.peft, settings=settings if any(settings) else None,
-        variant=model.variant or None, lora=lora_variant if lora_variant != [["qkv"], 1.0] else None,  # None: as before there was a choice
-        reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
+    reducers, lora = [block.reducer for block in model.blocks], lora_layers(model)
+    settings, first = [getattr(reducer, "settings", None) for reducer in reducers], next(iter(lora.values()))[0] if lora else None
+    fields = {name: getattr(model, name) for name in ("img_size", "patch_size", "embed_dim", "num_classes", "distilled", "global_pool", "peft")} | dict(
+        depth=len(reducers), num_heads=model.blocks[0].attn.num_heads, lora_rank=len(first.lora_a) if lora else 0, variant=model.variant or None,
+        lora=[list(lora), first.scale] if lora and (list(lora), first.scale) != (["qkv"], 1) else None,  # None: as before there was a choice
+        settings=settings if any(settings) else None, reducers=sorted({type(reducer).__name__ for reducer in reducers if reducer is not None}),
         r=[0 if reducer is None else getattr(reducer, "r", None) for reducer in reducers], prop_attn=[block.prop_attn for block in model.blocks],
         s=max((reducer.w_r.shape[1] for reducer in reducers if isinstance(reducer, PYRA)), default=0),
         backbone=digest(frozen(model), torch.bfloat16),  # the same whether the backbone is held in float32 or in bf16
     )
     return {k: json.dumps(v, default=to_python) for k, v in fields.items()}
-
 
 @on_model
 def save_adapter(model, path):
@@ -1110,13 +937,12 @@ def save_adapter(model, path):
     require(not model.folded, f"{model.folded} was folded into the backbone: save the adapter before folding")
     tensors = {name: p.detach().cpu().contiguous() for name, p in sorted(model.named_parameters()) if p.requires_grad}
     require(tensors, "the model has no trained parameters to save")
-    metadata = {**describe(model), "sketch": json.dumps(sketch(model)[0].tolist()), "dtype": str(model.pos_embed.dtype), "digest": digest(tensors)}
+    own = {"sketch": json.dumps(sketch(model)[0].tolist()), "dtype": str(model.pos_embed.dtype), "digest": digest(tensors), "format": "pyra-adapter"}
     path = os.path.expanduser(path)
     partial = f"{path}.{os.getpid()}.partial"  # renamed when it is whole: whenever this process is killed, path is complete or as it was
     with open(partial, "wb") as file:
-        file.write(save(tensors, {"format": "pyra-adapter", **metadata}))
+        file.write(save(tensors, {**describe(model), **own}))
     os.replace(partial, path)
-
 
 @on_model
 @torch.no_grad()
@@ -1143,10 +969,7 @@ def load_adapter(model, path):
         p.copy_(tensors[name])
     return model
 
-
 # ---- Cost ------------------------------------------------------------------------------------------------------------
-
-
 @on_model
 def token_counts(model):
     """Tokens before the first block and after each, special ones included: a list of depth + 1 ints."""
@@ -1154,7 +977,6 @@ def token_counts(model):
     for block in model.blocks:
         counts.append(counts[-1] if block.reducer is None else block.reducer.tokens_after(counts[-1]))
     return counts
-
 
 @on_model
 def macs_of_counts(model, counts):
@@ -1164,10 +986,9 @@ def macs_of_counts(model, counts):
     for block, n, m in zip(model.blocks, counts, counts[1:]):
         a = block.attn.proj.in_features
         macs += 4 * n * c * a + 2 * n**2 * a + m * c * (block.mlp.fc1.out_features + block.mlp.fc2.in_features)
-    if model.global_pool == "map":  # one query: keys and values of all tokens, attention, then projection and MLP of one
+    if model.attn_pool is not None:  # one query: keys and values of all tokens, attention, then projection and MLP of one
         macs += 2 * counts[-1] * c * (c + 1) + 2 * c**2 + 2 * c * model.attn_pool.mlp.fc2.in_features
     return macs
-
 
 @on_model
 def count_macs(model):

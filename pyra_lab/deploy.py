@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import pyra
 from pyra_lab import files
@@ -39,7 +38,7 @@ def pack(model):
         raise ValueError("pack needs oneDNN and a model on a CPU with plain linear layers: fold LoRA or FacT in first, and pack only once")
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = PackedLinear(block.attn.qkv), PackedLinear(block.attn.proj)
-        if block.mlp.act is F.gelu:
+        if block.mlp.act == "gelu":
             block.mlp = nn.Sequential(OrderedDict(fc1=PackedLinear(block.mlp.fc1, "gelu"), fc2=PackedLinear(block.mlp.fc2)))
         else:
             block.mlp.fc1, block.mlp.fc2 = PackedLinear(block.mlp.fc1), PackedLinear(block.mlp.fc2)

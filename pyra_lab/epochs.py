@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import time
 from typing import NamedTuple
 
@@ -32,11 +33,23 @@ def mae_lr_factor(epoch, warmup, epochs):
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
 
+@pyra.on_model
+def decay_by_layer(model, groups, decay):
+    """pyra.param_groups's groups for full fine-tuning (BEiT, MAE): split by layer, each with `decay` times the rate of the layer above it."""
+    depth, names, split = len(model.blocks), {p: name for name, p in model.named_parameters()}, {}
+    for group in groups:
+        for p in group["params"]:
+            block, first = re.match(r"blocks\.(\d+)\.", names[p]), names[p].startswith(("patch_embed.", "pos_embed", "norm_pre.", *pyra.SPECIALS))
+            above = depth - int(block[1]) if block else depth + 1 if first else 0  # layers between it and the logits
+            above = above if group["name"] in ("decay", "no_decay", "modulation") else 0  # a reducer's own rate stays
+            split.setdefault((group["name"], above), {**group, "params": [], "lr": group["lr"] * decay**above})["params"].append(p)
+    return list(split.values())
+
+
 def make_optimizer(model, config):
     """AdamW of all that the config trains; the learning rates and weight decay are the groups'."""
-    groups = pyra.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay,
-                               layer_decay=config.layer_decay if PEFTS[config.peft].trains_backbone else None)
-    return torch.optim.AdamW(groups, fused=True)
+    groups = pyra.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(decay_by_layer(model, groups, config.layer_decay) if PEFTS[config.peft].trains_backbone else groups, fused=True)
 
 
 def cast_frozen(model, dtype):

@@ -180,7 +180,7 @@ def build():
 
 def forward(model, heads, images, keep=None):
     """images (b, 3, 56, 56) float; keep (b, k) indices of the patches shown, None: all -> logits (b, .), (b, k, .)."""
-    x = model.patch_embed(images) + model.pos_embed[:, 1:]
+    x = model.patch_embed.proj(images).flatten(2).mT + model.pos_embed[:, 1:]
     if keep is not None:
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
     x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)

@@ -29,7 +29,7 @@ def keep_columns(linear, index):
 def check_prunable(model):
     if model.peft or pyra.lora_layers(model):
         raise ValueError("the model has a PEFT already: prune first, then add it to the pruned model")
-    if model.blocks[0].mlp.act is pyra.swiglu:
+    if model.blocks[0].mlp.act == "swiglu":
         raise ValueError("pruning is for MLPs of two maps, and SwiGLU has three: take a backbone with another act")
 
 

@@ -204,7 +204,7 @@ class Measured(NamedTuple):
 @pyra.on_model
 def most_macs_ratio(model, remaining=4):
     """How many times fewer MACs the strongest merging leaves: half of the tokens in every block, down to `remaining` patches."""
-    counts = pyra.counts_along(model, math.inf, remaining)
+    counts = [n + model.specials for n in pyra.counts_along(model.num_patches, len(model.blocks), math.inf, remaining)]
     return pyra.macs_of_counts(model, counts[:1] * len(counts)) / pyra.macs_of_counts(model, counts)
 
 

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -251,19 +250,19 @@ class Batches(list):
 @contextlib.contextmanager
 def watch_batches():
     """Yields the Batches that models embed from now on, in order."""
-    seen = Batches()
+    seen, original = Batches(), pyra.VisionTransformer.embed
 
-    def hook(module, args):
-        if isinstance(module, pyra.PatchEmbed):
-            seen.append((module.training, args[0]))
-        if isinstance(module, pyra.VisionTransformer) and not any(module is model for model in seen.models):
-            seen.models.append(module)
+    def embed(model, images):
+        seen.append((model.training, images))
+        if not any(model is other for other in seen.models):
+            seen.models.append(model)
+        return original(model, images)
 
-    handle = register_module_forward_pre_hook(hook)
+    pyra.VisionTransformer.embed = embed
     try:
         yield seen
     finally:
-        handle.remove()
+        pyra.VisionTransformer.embed = original
 
 
 def rows(names, values):

@@ -11,7 +11,7 @@ from helpers import (BACKBONE, ONE_STEP, R, SMALL, UNREAD, adapter, assert_nearl
 from safetensors.torch import save_file
 
 import pyra
-from pyra_lab import METHODS, Config, load_run, run
+from pyra_lab import METHODS, Config, epochs, load_run, run
 from pyra_lab.config import DTYPES, has_fast_bfloat16
 from pyra_lab.epochs import lr_factor, mae_lr_factor
 from pyra_lab.images import normalize
@@ -126,7 +126,7 @@ def test_full_fine_tuning_has_layer_wise_rates_and_another_schedule(task, tmp_pa
 
 def test_layer_decay_by_name():
     model = build_model(Config(backbone=BACKBONE, rate=R, peft="full", device="cpu"), 3)
-    groups = pyra.param_groups(model, 1.0, 10.0, 0.05, layer_decay=0.5)
+    groups = epochs.decay_by_layer(model, pyra.param_groups(model, 1.0, 10.0, 0.05), 0.5)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     rate = {name: rates[id(p)] for name, p in model.named_parameters()}
     assert rate["head.weight"] == rate["norm.bias"] == 1 and rate["blocks.2.mlp.fc1.weight"] == 0.5 and rate["blocks.0.norm1.weight"] == 0.5**3

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import HIGH, R, TINY, adapted, batch, count_flops, on_meta, randomise, rows, snapshot, tiny, trained
 
 import pyra
-from pyra_lab import speed
+from pyra_lab import epochs, speed
 
 HERE = pathlib.Path(__file__).parent
 
@@ -763,11 +763,12 @@ class Threshold(pyra.ToMe):
         self.number, self.matrix = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_a_reducers_parameters(layer_decay):
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_a_reducers_parameters(decay):
     """A number does not decay, as a bias doesn't; what is in `lrs` forms a group of its name, behind the others, with this rate in every block, without decay."""
     model = pyra.set_reducers(tiny(), [Threshold(3), None, Threshold(2)])
-    groups = pyra.param_groups(model, lr=0.1, weight_decay=0.3, layer_decay=layer_decay)
+    groups = pyra.param_groups(model, lr=0.1, weight_decay=0.3)
+    groups = epochs.decay_by_layer(model, groups, decay) if decay else groups
     numbers, matrices = ({id(getattr(model.blocks[i].reducer, name)) for i in (0, 2)} for name in ("number", "matrix"))
     of = [{id(p) for p in group["params"]} for group in groups]
     assert set().union(*(params for params, group in zip(of, groups) if group["name"] == "no_decay")) >= numbers
@@ -911,7 +912,7 @@ def test_models_copy_and_move():
     pyra.add_pyra(model, [0, 6, 0])
     assert [block.reducer is None for block in model.blocks] == [True, False, True]
     assert pyra.token_counts(model) == [37, 37, 31, 31]
-    assert "r=6, s=1" in repr(model) and "r=4" in repr(pyra.ToMe(4))
+    assert "r=6" in repr(model) and "r=4" in repr(pyra.ToMe(4))
 
 
 @pytest.mark.parametrize("s", [1, 3])

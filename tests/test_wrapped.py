@@ -33,7 +33,7 @@ def process_group(tmp_path_factory):
 
 
 def groups(model):
-    return [(group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in pyra.param_groups(model, layer_decay=0.5)]
+    return [(group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in pyra.param_groups(model, 0.5)]
 
 
 def saved(model, path):
@@ -60,7 +60,6 @@ CALLS = [  # what is done before the model is wrapped; the function, of the mode
     *[(nothing, function) for function in (
         add_lora, pyra.freeze, groups, lambda model: pyra.add_tome(model, R), lambda model: pyra.add_pyra(model, R), lambda model: pyra.solve_macs(model, 1.5),
         lambda model: pyra.load_pretrained(model, tiny(seed=1)), lambda model: pyra.set_reducers(model, [None] * 3), pyra.describe, pyra.check_peft,
-        lambda model: pyra.counts_along(model, 2.0, 4), lambda model: pyra.resize_pos_embed(model, torch.ones(1, 17, 24)).tolist(),
         lambda model: adapter.add_adapter(model, 4), lambda model: convpass.add_convpass(model, 4), fact.add_fact, snf.add_snf,
         evit.add_evit, lambda model: evit.evit_keep_rate(model, 0.8 * pyra.count_macs(tiny())), lambda model: tofu.add_tofu(model, R),
         lambda model: ats.add_ats(model, 20), lambda model: ats.ats_counts(model, R), ltmp.add_ltmp, diffrate.add_diffrate,

@@ -19,7 +19,7 @@ class Adapter(nn.Module):
 
     def forward(self, tokens, u, branch):
         # the branch comes after drop path: a dropped sample still gets the adapter's biases
-        return tokens.x + branch + self.up(F.dropout(pyra.quick_gelu(self.down(branch)), self.dropout, self.training))
+        return tokens.x + branch + self.up(F.dropout(pyra.ACTS["quick_gelu"](self.down(branch)), self.dropout, self.training))
 
     def macs(self, n):
         return 2 * n * self.down.weight.numel()

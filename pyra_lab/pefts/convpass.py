@@ -51,7 +51,7 @@ class Convpass(nn.Module):
         A patch whose token is gone (source -1) reads zero, as beyond the border.
         A token without a patch, such as a special one, is an image of 1x1 pixels: it sees the centre of the kernel.
         """
-        z = pyra.quick_gelu(self.down(x))  # (b, n, h)
+        z = pyra.ACTS["quick_gelu"](self.down(x))  # (b, n, h)
         where = source[:, source.shape[1] - math.prod(self.grid):]
         held, where = where[..., None] >= 0, where.clamp(min=0)
         patches = self.conv(rearrange(torch.where(held, pyra.take(z, where), 0), "b (y x) h -> b h y x", y=self.grid[0]))
@@ -60,7 +60,7 @@ class Convpass(nn.Module):
         total, count = total[..., :-1], total[..., -1:]
         isolated = F.linear(z, self.conv.weight[:, :, 1, 1], self.conv.bias)
         z = torch.where(count > 0, (total / count.clamp(min=1)).to(isolated.dtype), isolated)
-        return self.scale * self.up(F.dropout(pyra.quick_gelu(z), self.dropout, self.training))
+        return self.scale * self.up(F.dropout(pyra.ACTS["quick_gelu"](z), self.dropout, self.training))
 
     def macs(self, n):
         return 2 * n * self.down.weight.numel() + math.prod(self.grid) * self.conv.weight.numel() + n * self.conv.weight[:, :, 1, 1].numel()
