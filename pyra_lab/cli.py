@@ -56,6 +56,7 @@ def slurm_command(argv):
 def benchmark_command(argv):
     parser = make_parser("benchmark", "Images/s and memory of plain, ToMe and PYRA on random weights, and of timm's model if timm is installed")
     parser.add_argument("--backbone", default="vit_base_patch16_224", help="timm's name (default: %(default)s)")
+    parser.add_argument("--img_size", type=int, help="pixels of a side (default: what the name says)")
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--rate", default="high", help="low, high or a number for Eq. (1) (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
@@ -69,7 +70,7 @@ def benchmark_command(argv):
         raise ValueError("--training is measured without --compile")
     common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)
     dtypes = [args.dtype] if args.dtype else DTYPES
-    rows = speed.training_table(*common, dtypes) if args.training else speed.benchmark_table(*common, args.compile, dtypes)
+    rows = speed.training_table(*common, dtypes, args.img_size) if args.training else speed.benchmark_table(*common, args.compile, dtypes, args.img_size)
     layout = "{:9} {:17} {:>9} {:>8} {:>8} {:>9} {:>10} {:>9} {:>8}"
     print(layout.format("dtype", "model", "images/s", "lowest", "highest", "speed-up", "MAC ratio", "ms/batch", "peak MB"))
     for row in rows:

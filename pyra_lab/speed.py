@@ -263,10 +263,11 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
 # ---- Tables on random weights ----------------------------------------------------------------------------------------
 
 
-def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES)):
+def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, compile=None, dtypes=tuple(DTYPES), img_size=None):
     """Inference: rows of plain, ToMe and PYRA, on a CPU also packed (deploy.pack), and of timm's model where timm is installed.
 
-    A row is a dict with dtype, model, mac_ratio and the fields of a Speed. Raises ValueError.
+    backbone: a name that `pyra.create_model` knows. img_size: pixels of a side; None: what the name says. A row is a dict with dtype, model,
+    mac_ratio and the fields of a Speed. Raises ValueError.
     """
     check_timing(batch_size, rounds, seconds, dtypes, device, compile)
     try:
@@ -274,19 +275,20 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
     except ImportError:
         timm = None
     device = device or default_device()
+    size = {} if img_size is None else dict(img_size=img_size)
     with torch.device("meta"):
-        model = pyra.create_model(backbone)
+        model = pyra.create_model(backbone, **size)
         r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches, model.embed_dim)
     rows = []
     for dtype in dtypes:
-        models = {"plain": pyra.create_model(backbone), "tome": pyra.create_model(backbone), "pyra": pyra.create_model(backbone)}
+        models = {name: pyra.create_model(backbone, num_classes=1000, **size) for name in ("plain", "tome", "pyra")}
         pyra.add_tome(models["tome"], r)
         pyra.add_pyra(models["pyra"], r)
         if device == "cpu" and not compile and torch.backends.mkldnn.is_available() and (dtype == "float32" or has_fast_bfloat16(device)):
             models |= {f"{name}, packed": pack(copy.deepcopy(model).to(DTYPES[dtype])) for name, model in models.items()}
         ratio = {name: pyra.count_macs(models["plain"]) / pyra.count_macs(model) for name, model in models.items()}
         if timm and timm.is_model(backbone):
-            models["timm"], ratio["timm"] = timm.create_model(backbone), 1.0
+            models["timm"], ratio["timm"] = timm.create_model(backbone, num_classes=1000, **size), 1.0
         speeds = benchmark(models, batch_size, dtype, device, seconds, rounds, compile)
         rows += [dict(dtype=dtype, model=name, mac_ratio=ratio[name], **speed._asdict()) for name, speed in speeds.items()]
     return rows
@@ -302,7 +304,7 @@ def training_step(model, optimizer, images, checkpoint=False):
     optimizer.zero_grad()
 
 
-def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, dtypes=tuple(DTYPES)):
+def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, rounds=7, dtypes=tuple(DTYPES), img_size=None):
     """A training step with LoRA on noise: rows of plain, ToMe and PYRA, without and with `--checkpoint`.
 
     A row is a dict as in benchmark_table. Its peak_memory includes all of a step: weights, images, what is kept for the
@@ -314,7 +316,7 @@ def training_table(backbone, batch_size, rate="high", device=None, seconds=3.0, 
     for dtype in dtypes:
         steps, memory, ratio = {}, {}, {}
         for method in ("plain", "tome", "pyra"):
-            config = Config(backbone=backbone, method=method, rate=rate, weights="none", dtype=dtype, device=str(device)).resolved()
+            config = Config(backbone=backbone, img_size=img_size, method=method, rate=rate, weights="none", dtype=dtype, device=str(device)).resolved()
             model = cast_frozen(build_model(config, 100), DTYPES[dtype]).to(device).train()
             optimizer, noise = make_optimizer(model, config), torch.randn(batch_size, 3, model.img_size, model.img_size, device=device)
             step = functools.partial(training_step, model, optimizer, noise)
