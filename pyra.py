@@ -103,22 +103,25 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     g = lambda x: (1 - x / depth) ** exponent
     return [math.floor((g(l - 1) - g(l)) * (tokens - remaining) + 1e-9) for l in range(1, depth + 1)]  # 1e-9: (1/12) * 192 is 15.999...
 
-def merge_schedule(rate, depth=12, tokens=196, dim=768):
+def merge_schedule(rate, depth=12, tokens=196, model=None):
     """The schedule of a compression rate: a list of `depth` ints, the pairs merged in each block. Raises ValueError.
 
-    rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_cost` finds
-    for their ratio of operations on a ViT dim wide; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge.
+    rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_macs` finds
+    for their ratio of operations; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge. model: whose depth
+    and patches count instead of the two numbers; without one, operations are those of a ViT-B with so many blocks and patches.
     """
+    depth, tokens = (depth, to_python(tokens)) if model is None else (len(unwrap(model).blocks), unwrap(model).num_patches)
     if isinstance(rate, str):
         require(rate in MAC_RATIOS, f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
         if (rate, depth) in PAPER_SCHEDULES and tokens == 196:
             return list(PAPER_SCHEDULES[rate, depth])
-        cost = lambda counts: 768 * tokens + sum((4 * dim + 2 * n + 2) * (n + 1) + 8 * dim * (m + 1) for n, m in zip(counts, counts[1:]))  # over dim
-        return solve_cost(cost, check_integer("tokens", tokens, least=5), check_integer("depth", depth), MAC_RATIOS[rate])
-    r, left = [], to_python(tokens)
+        if model is None:
+            with torch.device("meta"):
+                model = VisionTransformer(img_size=(16, 16 * check_integer("tokens", tokens)), depth=depth, num_classes=100)
+        return solve_macs(model, MAC_RATIOS[rate])
+    r = []
     for entry in solve_schedule(depth, tokens, flops_ratio=rate):
-        r.append(min(entry, most_merges(left, 0)))
-        left -= r[-1]
+        r.append(min(entry, most_merges(tokens - sum(r), 0)))
     return r
 
 def counts_along(tokens, depth, exponent, remaining):
@@ -128,15 +131,20 @@ def counts_along(tokens, depth, exponent, remaining):
         counts.append(min(counts[-1], max(round(remaining + (tokens - remaining) * (1 - l / depth) ** exponent), (counts[-1] + 1) // 2)))
     return counts
 
-def solve_cost(cost, tokens, depth, flops_ratio, remaining=4):
-    """The schedule, one int per block, that makes cost(patches before the first block and after each) flops_ratio times less than no merging does.
+@on_model
+def solve_macs(model, flops_ratio, remaining=4):
+    """The schedule of Eq. (1)'s family with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model.
 
     Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the exponent is
     solved for, rounding errors carry over to the next block, and then single tokens are moved while that helps. At least `remaining`
-    patches are left. Raises ValueError where no schedule saves so many operations.
+    patches are left. Returns a list with one int per block. Raises ValueError where no schedule saves so many operations.
     """
-    along, ratio = functools.partial(counts_along, tokens, depth, remaining=remaining), lambda counts: cost([tokens] * len(counts)) / cost(counts)
-    most, miss = ratio(along(math.inf)), lambda counts: abs(ratio(counts) / flops_ratio - 1)  # most: half of the patches in every block
+    flops_ratio, remaining, tokens = check_flops_ratio(flops_ratio), check_integer("remaining", remaining), model.num_patches
+    require(remaining < tokens, f"remaining ({remaining}) must be less than the model's {tokens} patches")
+    along = functools.partial(counts_along, tokens, len(model.blocks), remaining=remaining)
+    cost = lambda counts: macs_of_counts(model, [n + model.specials for n in counts])
+    ratio, miss = lambda counts: cost([tokens] * len(counts)) / cost(counts), lambda counts: abs(ratio(counts) / flops_ratio - 1)
+    most = ratio(along(math.inf))  # half of the patches in every block
     require(flops_ratio <= most, f"flops_ratio {flops_ratio:g} is out of reach: merging down to {remaining} patches reaches {most:.2f} at most")
     low, high = 0.0, 1e3
     for _ in range(60):
@@ -149,14 +157,6 @@ def solve_cost(cost, tokens, depth, flops_ratio, remaining=4):
         moves = [best[:l] + [n + step for n in best[l:]] for l in range(1, len(best)) for step in (-1, 1)]
         better = min(filter(fits, moves), key=miss, default=best)
     return [n - m for n, m in zip(best, best[1:])]
-
-@on_model
-def solve_macs(model, flops_ratio, remaining=4):
-    """The schedule with flops_ratio times fewer MACs, by `count_macs`, than the unmerged model: one int per block; see `solve_cost`. Raises ValueError."""
-    flops_ratio, remaining = check_flops_ratio(flops_ratio), check_integer("remaining", remaining)
-    require(remaining < model.num_patches, f"remaining ({remaining}) must be less than the model's {model.num_patches} patches")
-    cost = lambda counts: macs_of_counts(model, [n + model.specials for n in counts])
-    return solve_cost(cost, model.num_patches, len(model.blocks), flops_ratio, remaining)
 
 # ---- Tokens: what flows through the blocks ---------------------------------------------------------------------------
 SPECIALS = ("cls_token", "dist_token", "reg_token")  # in front of the patches, in this order
@@ -243,8 +243,8 @@ def match(metric, r, specials=1):
     """
     b, n, _ = metric.shape
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
-    src, unmerged = ranked[:, :r], ranked[:, r:].sort(dim=-1).values  # sorted: special tokens come first
+    src, unmerged = best.argsort(dim=-1, descending=True, stable=True).tensor_split([r], dim=1)
+    unmerged = unmerged.sort(dim=-1).values  # special tokens come first
     front, odd = (torch.arange(*ends, device=metric.device).expand(b, -1) for ends in ((specials,), (specials // 2 * 2 + 1, n, 2)))
     dst = partner.gather(1, src) + unmerged.shape[1]  # nothing merges into the odd special tokens: that they move to the front shifts no dst
     return Matching(torch.cat([front, 2 * unmerged[:, (specials + 1) // 2:], odd, 2 * src], dim=1), dst)
@@ -488,8 +488,8 @@ class VisionTransformer(nn.Module):
         hidden, shared = int(embed_dim * mlp_ratio + 1e-6), RoPE(self.grid, self.specials) if rope else None
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden, rate, eps, act, shared) for rate in rates)
-        last = global_pool == "avg" and fc_norm
-        self.norm, self.fc_norm = (nn.LayerNorm(embed_dim, eps=eps) if there else nn.Identity() for there in (not last, last))
+        norms = nn.LayerNorm(embed_dim, eps=eps), nn.Identity()
+        self.norm, self.fc_norm = norms if global_pool != "avg" or not fc_norm else norms[::-1]
         self.attn_pool = AttentionPool(embed_dim, num_heads, hidden, eps, act) if global_pool == "map" else None
         for name in ("head", "head_dist")[:1 + distilled]:
             setattr(self, name, nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity())
@@ -702,7 +702,6 @@ RENAMES = [
     (r"^distillation_classifier\.", "head_dist."), (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
     (r"\.gamma_([12])$", r".ls\1.gamma"), (r"^(storage_tokens|(embeddings\.)?register_tokens)$", "reg_token"),
 ]
-UNUSED = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
 SIGNS = [  # among a checkpoint's names: why it may not fit
     (r"lora_|peft_|\.reducer\.", "an adapter, for load_adapter, or a model with one: fold its PEFT in and remove its reducer before saving"),
     (r"relative_position|rel_pos", "BEiT or Swin, with relative positions"), (r"running_mean|stages|stem|downsample", "a convolutional network"),
@@ -829,7 +828,8 @@ def to_timm_names(source, weights):
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.flatten(1).mT if into_heads else value.flatten(0, -2).mT
         require(name not in renamed, f"{source} holds {name} twice, under different names")
         renamed[name] = value.flatten() if re.search(r"attn\.(query|key|value)\.bias$", name) else value
-    return {name: value for name, value in renamed.items() if not name.startswith(UNUSED)}
+    unused = ("pre_logits.", "pooler.", "embeddings.mask_token", "mask_token", "n_averaged")  # of pre-training and averaging
+    return {name: value for name, value in renamed.items() if not name.startswith(unused)}
 
 def fold_extras(model, weights, own):
     """Weights by timm's names without what a plain ViT has no parameter for: exact rewrites, {name: tensor}.

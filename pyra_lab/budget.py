@@ -16,7 +16,7 @@ from pyra_lab.devices import autocast
 def schedule(config, model):
     """Pairs that the config's rate merges in each block of the model: a list of ints. Raises ValueError."""
     model = pyra.unwrap(model)
-    r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, len(model.blocks), model.num_patches, model.embed_dim)
+    r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, model=model)
     return pyra.check_schedule(model, r)
 
 

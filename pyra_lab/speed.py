@@ -278,7 +278,7 @@ def benchmark_table(backbone, batch_size, rate="high", device=None, seconds=3.0,
     size = {} if img_size is None else dict(img_size=img_size)
     with torch.device("meta"):
         model = pyra.create_model(backbone, **size)
-        r = pyra.merge_schedule(rate, len(model.blocks), model.num_patches, model.embed_dim)
+        r = pyra.merge_schedule(rate, model=model)
     rows = []
     for dtype in dtypes:
         models = {name: pyra.create_model(backbone, num_classes=1000, **size) for name in ("plain", "tome", "pyra")}

@@ -133,10 +133,11 @@ def add_diffrate(model, granularity=4):
 
     A block ranks the patches by the class token's attention, keeps the best and merges the last of those into the most
     similar of the others. Both numbers are expectations over the candidates T, T - granularity, ... of T patches, under the
-    softmax of trained logits; the first block has but one candidate, all patches, and without a class token to classify so has the
-    last (there the patches are ranked by the mean attention from all tokens). In training nothing is removed: dead tokens have
-    size 0 (see `attend_with_gradient`), and the probability that a place is kept gives the logits their gradient. In evaluation the tokens are cut. Train with the logits and counts of
-    `budget.forward_counted` and `budget.budget_loss`; then `freeze_diffrate`.
+    softmax of trained logits; the first block has but one candidate, all patches, and without a class token to classify so
+    has the last (there the patches are ranked by the mean attention from all tokens). In training nothing is removed: dead
+    tokens have size 0 (see `attend_with_gradient`), and the probability that a place is kept gives the logits their
+    gradient. In evaluation the tokens are cut. Train with the logits and counts of `budget.forward_counted` and
+    `budget.budget_loss`; then `freeze_diffrate`.
 
     A merged token's size grows by the sources' similarity, which the published code lets be negative, so that in
     evaluation a size could be; here it is at least 0. Special tokens are always kept. Returns the model. Raises ValueError.
