@@ -51,7 +51,7 @@ class Config:
     epochs: int = option(100, "epochs")
     second_epochs: int | None = option(
         None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
-    rise: float = option(0.0, "share of the epochs over which merging rises from no pairs to the whole schedule, linearly (tome, tofu, pyra_row)")
+    rise: float = option(0.0, "share of the epochs over which merging rises from no pairs to the whole schedule, linearly (tome, tofu, pyra_row, pitome, dtem)")
     warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
     batch_size: int | None = option(None, "images per step, over all devices; by default the paper's for the backbone")
     micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")

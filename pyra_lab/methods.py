@@ -22,7 +22,7 @@ from pyra_lab import pruning
 from pyra_lab.backbones import load_backbone
 from pyra_lab.budget import schedule
 from pyra_lab.pefts import adapter, convpass, fact, snf
-from pyra_lab.reducers import ats, diffrate, evit, ltmp, one_row, tofu
+from pyra_lab.reducers import ats, diffrate, dtem, evit, fpet, ltmp, one_row, pitome, tofu
 
 RATE = frozenset({"rate"})
 RISING = RATE | {"rise"}  # its reducers merge r pairs, whatever r is set to between 0 and what they were built with: see epochs.set_share
@@ -92,6 +92,9 @@ METHODS = {
     "diffrate": Method("DiffRate", "learns how many tokens each block prunes and merges", diffrate.add, plan=diffrate.plan),
     "rap": Method("RaP", "prunes channels, chosen on val200", pruning.add, plan=pruning.plan, before_peft=True, in_memory=True),
     "pyra_row": Method("PYRA-row", "PYRA whose pairs share one row of W_r", one_row.add, RISING | {"s", "modulation_lr"}, second_stage=True),
+    "fpet": Method("FPET", "merges half of the patches, a few times, with a learned matching", fpet.add, second_stage=True),
+    "pitome": Method("PiToMe", "merges where tokens are crowded, by energy", pitome.add, RISING, second_stage=True),
+    "dtem": Method("DTEM", "merges similar tokens by a learned metric", dtem.add, RISING, second_stage=True),
 }
 
 
