@@ -547,7 +547,7 @@ def golden(name):
 def test_fpet_is_the_published_code():
     """One merge of 14 x 14 patches, with its gradients. Theirs come out by rows, odd ones first; ours in reading order."""
     g = golden("fpet_merge")
-    reducer = fpet.FPET(98, 64, 14).eval()
+    reducer = fpet.FPET(98, 64, (14, 14)).eval()
     reducer.w_down.data, reducer.w_up.data = g["w_down"], g["w_up"]
     place = torch.arange(196).view(14, 14)
     theirs = torch.cat([place[1::2, ::2].flatten(), place[::2, 1::2].flatten()])
@@ -586,7 +586,7 @@ def test_pitome_is_the_naive_loop(specials, r):
 @rows("r, specials", [(18, 1), (18, 2), (5, 1), (100, 2)])
 def test_fpet_is_the_naive_loop(r, specials):
     """On a whole grid of 6 x 6, and after it on every other patch of the 18 that are left."""
-    reducer = randomise(fpet.FPET(r, 8, 6, specials)).eval()
+    reducer = randomise(fpet.FPET(r, 8, (6, 6), specials)).eval()
     for n, colour in ((36, lambda i: (i // 6 + i % 6) % 2), (18, lambda i: i % 2)):
         tokens, qkv = tokens_of(n=n + specials, specials=specials, size=numbers(2, n + specials, 1).exp()), attention(2, n + specials)
         found = reducer(tokens, qkv)

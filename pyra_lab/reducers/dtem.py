@@ -23,8 +23,9 @@ class DTEM(pyra.ToMe):
         n, p = tokens.x.shape[1], self.specials
         if self.tokens_after(n) == n:
             return tokens
+        keys = qkv.k if qkv.unrotated is None else qkv.unrotated
         with torch.autocast(tokens.x.device.type, enabled=False):
-            metric = self.metric(rearrange(qkv.k.detach().to(self.metric.weight.dtype), "b h n d -> b n (h d)"))
+            metric = self.metric(rearrange(keys.detach().to(self.metric.weight.dtype), "b h n d -> b n (h d)"))
         matching = pyra.match(metric, n - self.tokens_after(n), p)
         stay = matching.order[:, :self.tokens_after(n)]
         return merge_learned(tokens, metric, matching, (stay % 2 == 1) & (stay >= p))

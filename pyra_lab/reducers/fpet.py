@@ -32,9 +32,9 @@ class FPET(nn.Module):
 
     def match(self, metric):
         """The Matching of the even patches with the odd ones: squares of a chessboard while the grid is whole, every other patch after that."""
-        (b, n, _), p = metric.shape, self.specials
+        (b, n, _), p, (height, width) = metric.shape, self.specials, self.grid
         patch, r = torch.arange(n - p, device=metric.device), n - self.tokens_after(n)
-        colour = (patch // self.grid + patch) % 2 if n - p == self.grid**2 else patch % 2
+        colour = (patch // width + patch % width) % 2 if n - p == height * width else patch % 2
         even, odd = (p + colour.argsort(stable=True)).tensor_split([half_of(n, p)])
         with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
             unit = F.normalize(metric.float(), dim=-1)
@@ -48,7 +48,7 @@ class FPET(nn.Module):
         n = tokens.x.shape[1]
         if self.tokens_after(n) == n:
             return tokens
-        metric = self.refine(qkv.k.mean(dim=1))
+        metric = self.refine(qkv.metric())
         matching = self.match(metric)
         place = torch.arange(self.tokens_after(n), device=metric.device)
         return merge_learned(tokens, metric, matching, (place >= len(place) - (n - self.specials) // 2).expand(len(metric), -1))  # the odd ones
@@ -101,8 +101,7 @@ def add_fpet(model, r=None):
     """
     depth, head_dim = len(model.blocks), model.embed_dim // model.blocks[0].attn.num_heads
     r = [half_of(model.num_patches, 0) if i == depth // 2 else 0 for i in range(depth)] if r is None else pyra.check_schedule(model, r)
-    grid = model.img_size // model.patch_size
-    return pyra.set_reducers(model, [FPET(entry, head_dim, grid, model.specials) if entry else None for entry in r])
+    return pyra.set_reducers(model, [FPET(entry, head_dim, model.grid, model.specials) if entry else None for entry in r])
 
 
 def add(model, config, plan):

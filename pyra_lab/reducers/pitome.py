@@ -32,7 +32,7 @@ class PiToMe(pyra.ToMe):
 
     def match(self, qkv):
         n = qkv.k.shape[2]
-        return match_by_energy(qkv.k.mean(dim=1), n - self.tokens_after(n), self.margin, self.specials)
+        return match_by_energy(qkv.metric(), n - self.tokens_after(n), self.margin, self.specials)
 
     def extra_repr(self):
         return f"r={self.r}, margin={self.margin:g}"
