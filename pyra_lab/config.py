@@ -51,6 +51,7 @@ class Config:
     epochs: int = option(100, "epochs")
     second_epochs: int | None = option(
         None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
+    rise: float = option(0.0, "share of the epochs over which merging rises from no pairs to the whole schedule, linearly (tome, tofu, pyra_row, pitome, dtem)")
     warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
     batch_size: int | None = option(None, "images per step, over all devices; by default the paper's for the backbone")
     micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")
@@ -155,7 +156,7 @@ def check_ranges(config):
     for name in FINITE:
         if not 0 <= given.get(name, 0) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}")
-    for name in ("drop_path", "dropout"):
+    for name in ("drop_path", "dropout", "rise"):
         if not 0 <= given[name] < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {given[name]}")
     if not 0 <= config.seed < 2**31:
@@ -184,6 +185,8 @@ def check_combinations(config):
     if config.second_epochs is not None and (not method.second_stage or peft.trains_backbone):
         supported = ", ".join(name for name, row in METHODS.items() if row.second_stage)
         raise ValueError(f"two-stage training (second_epochs) supports {supported} with a PEFT, not method {config.method} with peft {config.peft}")
+    if config.rise and config.compile and "rise" in method.uses:
+        raise ValueError("rise merges another number of tokens in each epoch, for each of which compile would compile again: leave out one of them")
     if method.before_peft and peft.trains_backbone:
         raise ValueError(f"method {config.method} prunes a frozen backbone, and peft {config.peft} would train it")
     if streamed and (method.in_memory or config.teacher):

@@ -46,6 +46,23 @@ def decay_by_layer(model, groups, decay):
     return list(split.values())
 
 
+def merged_share(epoch, epochs, rise):
+    """The share of the schedule that merges in an epoch: from 0 linearly over the first `rise` of the epochs, then 1; in the last always 1."""
+    rising = min(round(rise * epochs), epochs - 1)
+    return min(epoch / rising, 1) if rising else 1
+
+
+def set_share(model, schedule, share):
+    """Lets each block merge a share of its pairs. schedule: the pairs of each block, as the model was built.
+
+    A method whose row uses "rise" promises that its reducers merge `r` pairs, whatever r is set to. Training sets it before each epoch; an
+    evaluation then merges as the epoch before it did, and the last epoch merges the whole schedule, which record and adapter tell.
+    """
+    for block, r in zip(model.blocks, schedule):
+        if block.reducer is not None:
+            block.reducer.r = round(share * r)
+
+
 def make_optimizer(model, config):
     """AdamW of all that the config trains; the learning rates and weight decay are the groups'."""
     groups = pyra.param_groups(model, lr=config.lr, modulation_lr=config.modulation_lr, weight_decay=config.weight_decay)
@@ -163,7 +180,10 @@ def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, 
     """
     loss_of, cut = make_loss(model, config, num_classes), cut_epoch(config, data.n, processes.world)
     fine_tuned = PEFTS[config.peft].trains_backbone
+    schedule = [getattr(block.reducer, "r", 0) for block in model.blocks]
     for epoch in range(start, epochs):
+        if config.rise:
+            set_share(model, schedule, merged_share(epoch, epochs, config.rise))
         began, seed = time.perf_counter(), config.seed * 100_003 + epoch
         steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not processes.first, leave=False, delay=30)
 

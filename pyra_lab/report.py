@@ -126,8 +126,9 @@ def show_json(results):
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
-COLOURS = {"plain": "#7f7f7f", "tome": "#0072b2", "pyra": "#e66100"}
-PALETTE = ("#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#5d3a9b", "#8c510a", "#00a6a6", "#d41159", "#000000")  # of Okabe and Ito, and beyond
+COLOURS = {"plain": "#7f7f7f", "tome": "#0072b2", "pyra": "#e66100", "pyra_row": "#8b0000"}
+# of Okabe and Ito, and beyond
+PALETTE = ("#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#5d3a9b", "#8c510a", "#00a6a6", "#d41159", "#000000", "#6b8e23", "#4169e1")
 MARKERS = "osD^vP*X"
 
 

@@ -31,11 +31,13 @@ REFUSED = [  # fields, what the sentence says
     (dict(lr=-1e-3), "lr must be a finite number of at least 0, not -0.001"),
     (dict(drop_path=1), "drop_path must be at least 0 and less than 1, not 1.0"),
     (dict(seed=2**31), "seed must be at least 0 and less than 2^31, not 2147483648"),
+    (dict(rise=1), "rise must be at least 0 and less than 1, not 1.0"),
+    (dict(rise=0.5, method="tome", compile=True), "rise merges another number of tokens in each epoch, for each of which compile would compile again"),
     (dict(peft_scale=0), "peft_scale must be a finite number greater than 0, not 0.0"),
     (dict(layer_decay=0), "layer_decay must be greater than 0 and at most 1, not 0.0"),
     (dict(device="tpu"), "device must be cpu, cuda"),
     (dict(second_epochs=1, method="ats"),
-     "two-stage training (second_epochs) supports tome, pyra, evit, tofu with a PEFT, not method ats with peft lora"),
+     "two-stage training (second_epochs) supports tome, pyra, evit, tofu, pyra_row, fpet, pitome, dtem with a PEFT, not method ats with peft lora"),
     (dict(method="rap", peft="full"), "method rap prunes a frozen backbone, and peft full would train it"),
     (dict(method="rap", task="stream:/images"), "method rap needs the images in memory, and stream:/images is read from its files"),
     (dict(teacher="vit_nano_patch4_56", task="stream:/images"), "a teacher needs the images in memory"),
@@ -167,6 +169,7 @@ OTHER = dict(
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True, checkpoint=True,
     peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
     img_size=112, lora_targets="qkv,fc2", lora_alpha=4.0, peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
+    rise=0.5,
 )  # a value for each field that isn't its default
 
 
@@ -259,6 +262,6 @@ def test_parse_refuses():
 
 
 def test_arguments_are_parsed_back():
-    every_field = Config(**OTHER | dict(peft="lora", augment="none"))  # both go with other values only
+    every_field = Config(**OTHER | dict(peft="lora", augment="none", compile=False))  # all three go with other values only
     for given in (Config(), Config(rate=[16] * 12, weights="none", s=2, lr=3e-4, compile=True, warmup=0, device="cpu"), every_field):
         assert parse(arguments(given)) == given

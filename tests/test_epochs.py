@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers import (BACKBONE, ONE_STEP, R, SMALL, UNREAD, adapter, assert_nearly_same, files_in, identical, trained, watch_batches, watch_steps,
-                     without_seconds)
+from helpers import (BACKBONE, ONE_STEP, R, SMALL, UNREAD, adapter, assert_nearly_same, assert_same_run, files_in, identical, interrupted_at, spy,
+                     trained, watch_batches, watch_steps, without_seconds)
 from safetensors.torch import save_file
 
 import pyra
 from pyra_lab import METHODS, Config, epochs, load_run, run
 from pyra_lab.config import DTYPES, has_fast_bfloat16
-from pyra_lab.epochs import lr_factor, mae_lr_factor
+from pyra_lab.epochs import lr_factor, mae_lr_factor, merged_share
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
 from pyra_lab.tasks import load_split
@@ -72,6 +72,26 @@ def test_lr_factor():
     factors = [at(e) for e in range(10, 100)]
     assert factors == sorted(factors, reverse=True)
     assert lr_factor(0, 0, 1) == 1
+
+
+def test_merged_share():
+    assert [merged_share(epoch, 6, 0.5) for epoch in range(6)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])
+    assert [merged_share(epoch, 4, 0.99) for epoch in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])  # the last epoch merges all
+    assert merged_share(0, 4, 0) == merged_share(0, 1, 0.9) == 1
+
+
+def test_merging_that_rises(task, tmp_path, monkeypatch):
+    """Each epoch merges its share, and so does the evaluation after it; resuming is bit for bit; record and adapter have the whole schedule."""
+    config = Config(task=task, **{**SMALL, "method": "pyra_row", "epochs": 4, "rise": 0.5, "eval_every": 1})
+    calls = spy(monkeypatch, pyra, "match")
+    reference = run(config, tmp_path / "a", progress=False)
+    merged = [[5, 3, 2]] * 3 + [R] * 6  # nothing in epoch 0, then half, rounded to even: two steps and an evaluation each
+    assert [args[1] for args, _ in calls] == [r for forward in merged for r in forward]
+    assert reference.macs == run(dataclasses.replace(config, rise=0.0), tmp_path / "b", progress=False).macs
+    assert [block.reducer.r for block in load_run(reference).blocks] == R
+    with interrupted_at(5):
+        run(config, tmp_path / "c", progress=False)
+    assert_same_run(run(config, tmp_path / "c", progress=False), reference)
 
 
 def test_mae_lr_factor():

@@ -30,6 +30,10 @@ METHOD_CASES = {
     "ltmp": dict(),
     "diffrate": dict(plan=[[36, 36], [25, 20], [30, 18]]),
     "rap": dict(plan=[[2, 20], [1, 48], [2, 11]]),
+    "pyra_row": dict(idle=("blocks.2.reducer.",)),
+    "fpet": dict(),
+    "pitome": dict(),
+    "dtem": dict(idle=("blocks.2.reducer.",)),
 }
 # The same per PEFT, together with PYRA; whether it folds into the weights; and, with ToMe, what it multiplies element by element, which
 # PyTorch's counter leaves out. Tokens before each block's merging: 37, 27 and 21; after it: 27, 21 and 18; channels: 24.
@@ -43,7 +47,8 @@ PEFT_CASES = {
     "full": dict(),
 }
 CASES = [(method, "lora") for method in METHOD_CASES] + [("pyra", peft) for peft in PEFT_CASES if peft != "lora"]
-UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, lora_targets="fc1", lora_alpha=6.0, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5)
+UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, lora_targets="fc1", lora_alpha=6.0, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5,
+                      rise=0.5)
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -165,8 +170,8 @@ class Recorder:
 
 @rows("method, peft", CASES)
 def test_a_row_uses_the_fields_that_it_reads(method, peft):
-    """Else a run would be trained with another value than its Config has. The rate is the budget's too, and two fields are the optimizer's."""
-    c, elsewhere = small_config(method, peft).resolved(), {"rate", "modulation_lr", "layer_decay"}
+    """Else a run would be trained with another value than its Config has. The rate is the budget's too, and three fields are the training's."""
+    c, elsewhere = small_config(method, peft).resolved(), {"rate", "rise", "modulation_lr", "layer_decay"}
     by_method, by_peft = Recorder(c), Recorder(c)
     model = PEFTS[peft].add(tiny(), by_peft)
     METHODS[method].add(tiny() if METHODS[method].before_peft else model, by_method, METHOD_CASES[method].get("plan"))

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,6 +238,22 @@ def test_recorded_finds_what_differs_in_nothing_else(finished, tmp_path):
     (tmp_path / pathlib.Path(merging_result.folder).name / "result.json").write_text("{")
     with pytest.warns(UserWarning, match="result.json is damaged"):
         assert [r.config["method"] for r in records.recorded(dataclasses.replace(merging, s=4), ("method", "s"), tmp_path)] == ["tome"]
+
+
+def test_paired_difference():
+    """The interval is as wide as the normal approximation says, paired images narrow it, and tasks are averaged."""
+    chance = np.random.default_rng(0)
+    theirs = chance.random((3, 400)) < 0.6
+    ours = theirs | (chance.random((3, 400)) < 0.2)  # better on some images, worse on none
+    found = records.paired_difference([(ours, theirs)])
+    assert found.mean == pytest.approx(100 * (ours.mean() - theirs.mean())) and 0 < found.low < found.mean < found.high
+    spread = lambda pairs: np.subtract(*reversed(records.paired_difference(pairs)[1:]))
+    assert spread([(ours[:1], theirs[:1])]) == pytest.approx(2 * 1.96 * 100 * (ours[0] * 1.0 - theirs[0]).std() / 20, rel=0.1)
+    assert spread([(ours, theirs[:, ::-1])]) > 1.5 * spread([(ours, theirs)]) > 0
+    assert records.paired_difference([(ours, theirs), (theirs, theirs)]).mean == pytest.approx(found.mean / 2)
+    assert str(records.Difference(2.06, -0.44, 3.7)) == "+2.1 (-0.4 to +3.7)"
+    with pytest.raises(ValueError, match=r"two arrays \(seeds, images\) of one shape, not \(3, 400\) and \(1, 400\)"):
+        records.paired_difference([(ours, theirs[:1])])
 
 
 def test_over_seeds():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,7 @@ from safetensors.torch import save_file
 import pyra
 from pyra_lab import budget
 from pyra_lab.pefts import adapter, convpass, fact, snf
-
-from pyra_lab.reducers import ats, diffrate, evit, ltmp, shared, tofu
+from pyra_lab.reducers import ats, diffrate, dtem, evit, fpet, ltmp, one_row, pitome, shared, tofu
 
 RATES = [(36, 36), (25, 20), (30, 9)]  # patches that DiffRate keeps, of 36
 
@@ -49,6 +49,10 @@ REDUCERS = {
     "ltmp": add_ltmp,
     "diffrate": add_diffrate,
     "frozen_diffrate": freeze_diffrate,
+    "one_row": lambda model: randomise(one_row.add_one_row(model, R)),
+    "fpet": lambda model: fpet.add_fpet(model, [12, 8, 3]),
+    "pitome": lambda model: pitome.add_pitome(model, R),
+    "dtem": lambda model: randomise(dtem.add_dtem(model, R)),
 }
 PEFTS = {
     "lora": lambda model: pyra.add_lora(model, rank=4, dropout=0.0),
@@ -57,7 +61,7 @@ PEFTS = {
     "fact": lambda model: fact.add_fact(model, rank=4, scale=5, dropout=0.0),
     "snf": lambda model: snf.add_snf(model, flows=1),
 }
-every_reducer = pytest.mark.parametrize("reducer", REDUCERS)
+every_reducer = rows("reducer", REDUCERS)
 
 
 def reduced(reducer, peft=None, **kwargs):
@@ -139,7 +143,7 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(reducer):
 
 
 @pytest.mark.parametrize("reducer, peft", [("evit", "lora"), ("tofu", "adapter"), ("ats", "convpass"), ("ltmp", "convpass"), ("ltmp", "snf"),
-                                           ("diffrate", "convpass"), ("diffrate", "fact"), ("frozen_diffrate", "fact")])
+                                           ("diffrate", "convpass"), ("diffrate", "fact"), ("frozen_diffrate", "fact"), ("pitome", "lora")])
 def test_with_a_peft(reducer, peft):
     """Training and evaluation agree, before or after the PEFT is the same, and the gradients reach exactly what is trained."""
     model = reduced(reducer, peft)
@@ -183,19 +187,20 @@ def test_bf16(reducer):
     assert all(p.grad is None or p.grad.isfinite().all() for p in trained(model).values())
 
 
-@pytest.mark.parametrize("reducer", ["ats", "ltmp", "diffrate"])
+@rows("reducer", ["ats", "ltmp", "diffrate", "one_row", "fpet", "dtem"])
 def test_activation_checkpointing(reducer):
     """Nothing is hidden between forwards: computed again, the gradients are the same."""
     model, found = reduced(reducer, "lora").train(), []
     for checkpoint in (False, True):
         model.checkpoint = checkpoint
+        torch.manual_seed(0)
         logits, counts = budget.forward_counted(model, batch())
         loss = logits.square().mean() + counts.sum() * counts.requires_grad  # ATS's counts are constant
         found.append(torch.autograd.grad(loss, [p for name, p in trained(model).items() if not name.startswith("blocks.2.")]))
     assert all(torch.equal(a, b) for a, b in zip(*found)) and found[0][0].any()
 
 
-@pytest.mark.parametrize("reducer", ["tofu", "ltmp", "diffrate"])
+@rows("reducer", ["tofu", "ltmp", "diffrate", "one_row", "fpet", "pitome", "dtem"])
 def test_compile(reducer):
     """One graph, without a break, for the step of training."""
     torch.compiler.reset()
@@ -209,6 +214,9 @@ def test_compile(reducer):
     (lambda model: tofu.add_tofu(model, 3), lambda model: pyra.add_tome(model, 3)),
     (lambda model: tofu.add_tofu(model, 3), lambda model: tofu.add_tofu(model, 4)),
     (lambda model: ats.add_ats(model, 20), lambda model: ats.add_ats(model, 21)),
+    (lambda model: one_row.add_one_row(model, 3), lambda model: one_row.add_one_row(model, 3, s=2)),
+    (lambda model: pitome.add_pitome(model, 3), lambda model: pyra.add_tome(model, 3)),
+    (lambda model: fpet.add_fpet(model), lambda model: fpet.add_fpet(model, [0, 17, 0])),
     (lambda model: ltmp.add_ltmp(model), lambda model: model),
     (lambda model: diffrate.add_diffrate(model, 4), lambda model: diffrate.add_diffrate(model, 2)),
     (freeze_diffrate, lambda model: diffrate.freeze_diffrate(diffrate.add_diffrate(model), [(36, 36), (25, 20), (30, 8)])),
@@ -280,6 +288,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path, add):
     (lambda model: evit.evit_keep_rate(model, 1000), r"EViT in blocks \[0, 1, 2\] costs at least .* MACs, not 1,000: let it act in more or earlier blocks"),
     (lambda model: tofu.add_tofu(model, [1, 2]), r"3 blocks"),
     (lambda model: tofu.add_tofu(model, -1), "r must be an integer of at least 0, not -1"),
+    (lambda model: one_row.add_one_row(model, 4, s=0), "s must be a positive integer, not 0"),
+    (lambda model: fpet.add_fpet(model, [1, 2]), "the schedule has 2 entries, the model 3 blocks"),
+    (lambda model: fpet.fpet_schedule(model, 1000), "FPET costs at least .* MACs, not 1,000: ask for less"),
     (lambda model: ats.add_ats(model, [20, 20]), "counts must be an integer or a list with one, or None, for each of the 3 blocks"),
     (lambda model: ats.add_ats(model, [20, 1, None]), "block 1: the count must be an integer greater than the 1 special tokens, or None, not 1"),
     (lambda model: ats.add_ats(model, True), "block 0: the count must be an integer"),
@@ -503,6 +514,139 @@ def test_tofu_prunes_early_and_merges_late():
     assert [block.reducer.late for block in tofu.add_tofu(on_meta("vit_base_patch16_224"), 8).blocks] == [False] * 7 + [True] * 5
     assert [block.reducer and block.reducer.late for block in tofu.add_tofu(tiny(), [1, 0, 3]).blocks] == [False, None, True]
     assert pyra.token_counts(tofu.add_tofu(tiny(), R)) == pyra.token_counts(pyra.add_tome(tiny(), R))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PYRA with one row
+
+
+def test_one_row_is_pyra_whose_rows_are_alike():
+    """W_r's rows all w / sqrt(r); training starts at ToMe; more pairs than there are tokens for are clamped, and r may be set to any number."""
+    for s in (1, 2):
+        ours, theirs = randomise(one_row.add_one_row(tiny(), R, s)), pyra.add_pyra(tiny(), R, s)
+        for one, other in zip(ours.blocks, theirs.blocks):
+            other.reducer.w_r.data = one.reducer.w_r.data.repeat(other.reducer.r, 1) / other.reducer.r**0.5
+            other.reducer.w_d.data = one.reducer.w_d.data
+        torch.testing.assert_close(ours(batch()), theirs(batch()))
+        assert sum(p.numel() for name, p in trained(ours).items() if ".reducer." in name) == 3 * s * (1 + 24)
+    assert torch.equal(one_row.add_one_row(tiny(), 30)(batch()), pyra.add_tome(tiny(), 30)(batch()))
+    for block, r in zip(ours.blocks, (4, 0, 1)):
+        block.reducer.r = r
+    assert pyra.token_counts(ours) == [37, 33, 33, 32] and ours.forward_tokens(batch()).x.shape[1] == 32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FPET, PiToMe, DTEM
+
+
+def golden(name):
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
+
+
+def test_fpet_is_the_published_code():
+    """One merge of 14 x 14 patches, with its gradients. Theirs come out by rows, odd ones first; ours in reading order."""
+    g = golden("fpet_merge")
+    reducer = fpet.FPET(98, 64, (14, 14)).eval()
+    reducer.w_down.data, reducer.w_up.data = g["w_down"], g["w_up"]
+    place = torch.arange(196).view(14, 14)
+    theirs = torch.cat([place[1::2, ::2].flatten(), place[::2, 1::2].flatten()])
+    order = torch.cat([torch.tensor([0]), 1 + theirs.argsort().argsort()])
+    found = reducer(pyra.Tokens(g["x"], g["size"], torch.arange(197).expand(2, -1)), pyra.QKV(None, g["keys"][:, None], None))
+    torch.testing.assert_close(found.x[:, order], g["out_x"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.size[:, order], g["out_size"], rtol=1e-5, atol=1e-5)
+    (found.x[:, order] * g["g"]).sum().backward()
+    for name in ("w_down", "w_up"):
+        torch.testing.assert_close(getattr(reducer, name).grad, g[f"grad_{name}"], rtol=1e-5, atol=1e-5)
+
+
+def test_pitome_is_the_published_code():
+    """Which tokens merge, and what comes out, in their order."""
+    g = golden("pitome_merge")
+    found = pyra.merge(pyra.Tokens(g["x"], g["size"], torch.arange(197).expand(2, -1)), pitome.match_by_energy(g["metric"], int(g["r"]), float(g["margin"])))
+    assert torch.equal(torch.zeros(2, 157, 197).scatter(1, found.source[:, None], 1), g["holds"].float())
+    torch.testing.assert_close(found.x, g["out_x"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.size, g["out_size"], rtol=1e-5, atol=1e-5)
+
+
+@rows("specials, r", [(1, 3), (2, 4), (1, 100)])
+def test_pitome_is_the_naive_loop(specials, r):
+    keys, r = attention(2, 14).k.mean(dim=1), min(r, (14 - specials) // 2)
+    matching = pitome.match_by_energy(keys, r, 0.3, specials)
+    for image in range(2):
+        cos = lambda i, j: F.cosine_similarity(keys[image, i], keys[image, j], dim=0).item()
+        energy = {i: sum(cos(i, j) - 0.3 if cos(i, j) > 0.3 else math.exp(cos(i, j) - 0.3) - 1 for j in range(specials, 14)) for i in range(specials, 14)}
+        ranked = sorted(energy, key=energy.get, reverse=True)
+        sources, targets, protected = ranked[0 : 2 * r : 2], ranked[1 : 2 * r : 2], ranked[2 * r :]
+        assert matching.order[image].tolist() == [*range(specials), *protected, *targets, *sources]
+        best = [max(targets, key=lambda j: cos(i, j)) for i in sources]
+        assert [matching.order[image, j].item() for j in matching.dst[image]] == best
+
+
+@rows("r, specials", [(18, 1), (18, 2), (5, 1), (100, 2)])
+def test_fpet_is_the_naive_loop(r, specials):
+    """On a whole grid of 6 x 6, and after it on every other patch of the 18 that are left."""
+    reducer = randomise(fpet.FPET(r, 8, (6, 6), specials)).eval()
+    for n, colour in ((36, lambda i: (i // 6 + i % 6) % 2), (18, lambda i: i % 2)):
+        tokens, qkv = tokens_of(n=n + specials, specials=specials, size=numbers(2, n + specials, 1).exp()), attention(2, n + specials)
+        found = reducer(tokens, qkv)
+        keys = qkv.k.mean(dim=1)
+        keys = keys + (keys @ reducer.w_down).relu() @ reducer.w_up
+        for image in range(2):
+            groups = as_groups(tokens, image)
+            even, odd = ([specials + i for i in range(n) if colour(i) == c] for c in (0, 1))
+            cos = lambda i, j: F.cosine_similarity(keys[image, i], keys[image, j], dim=0).item()
+            best = {i: max(odd, key=lambda j: cos(i, j)) for i in even}
+            merged = sorted(even, key=lambda i: -cos(i, best[i]))[:r]
+            expected = groups[:specials] + [groups[i] for i in even if i not in merged]
+            for j in odd:
+                members = [groups[j], *(groups[i] for i in merged if best[i] == j)]
+                size = sum(size for _, size, _ in members)
+                expected.append((sum(x * size for x, size, _ in members) / size, size, set().union(*(held for *_, held in members))))
+            same_groups(as_groups(found, image), expected)
+
+
+def test_fpet_meets_its_budget_with_few_merges():
+    """The paper's one merge, and as many as low and high take of it."""
+    model = on_meta("vit_base_patch16_224")
+    assert pyra.count_macs(fpet.add_fpet(model)) / 1e9 == pytest.approx(13.41, abs=0.01)  # the class token too goes through MLPs: 13.3 in the paper
+    for rate, expected in (("low", [0, 0, 0, 98, 43] + [0] * 7), ("high", [0, 98, 49, 0, 0, 25] + [0] * 6)):
+        target = pyra.macs_of_counts(model, budget.counts_of_schedule(model, pyra.merge_schedule(rate)))
+        assert fpet.fpet_schedule(model, target) == expected
+        assert pyra.count_macs(fpet.add_fpet(model, expected)) == pytest.approx(target, rel=0.005)
+
+
+@torch.no_grad()
+def test_dtem_starts_at_tome_and_is_tome_with_its_metric():
+    assert torch.equal(dtem.add_dtem(tiny(), R)(batch()), pyra.add_tome(tiny(), R)(batch()))
+    reducer = randomise(dtem.DTEM(5, 3, 8))
+    tokens, qkv = tokens_of(), attention(2, 13)
+    metric = qkv.k.transpose(1, 2).flatten(2) @ reducer.metric.weight.T + reducer.metric.bias
+    expected = pyra.merge(tokens, pyra.match(metric, 5))
+    assert all(torch.equal(a, b) for a, b in zip(reducer(tokens, qkv), expected))
+
+
+def test_the_gradient_of_a_matching_is_that_of_its_soft_assignment():
+    """In loops; to the metric alone, whose similarities decide, and through the sizes too."""
+    metric, tokens = numbers(1, 9, 4, seed=3).requires_grad_(), tokens_of(b=1, n=9, size=numbers(1, 9, 1).exp())
+    matching = pyra.match(metric, 3)
+    stay = matching.order[:, :6]
+    found = shared.merge_learned(tokens, metric, matching, stay % 2 == 1)
+    weight = numbers(1, 6, 25, seed=4)
+    grad, = torch.autograd.grad((torch.cat([found.x, found.size], dim=-1) * weight).sum(), metric)
+
+    total = 0.0
+    for place, j in enumerate(stay[0].tolist()):
+        num, den = tokens.size[0, j] * tokens.x[0, j], tokens.size[0, j]
+        for k, i in enumerate(matching.order[0, 6:].tolist()):
+            cosines = {t: F.cosine_similarity(metric[0, i], metric[0, t], dim=0) for t in stay[0].tolist() if t % 2 == 1}
+            first, second = sorted(cosines.values(), reverse=True)[:2]
+            soft = (cosines[j] - (first + second) / 2).sigmoid() if j % 2 == 1 else torch.tensor(0.0)
+            chosen = float(matching.dst[0, k] == place) + soft - soft.detach()
+            num, den = num + chosen * tokens.size[0, i] * tokens.x[0, i], den + chosen * tokens.size[0, i]
+        total = total + (torch.cat([num / den, den]) * weight[0, place]).sum()
+    expected, = torch.autograd.grad(total, metric)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What a reducer is and which attributes it may have: `pyra.Block`.
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 import pyra
@@ -73,3 +74,34 @@ def attend_with_gradient(qkv, size=None):
     top = scores.detach().masked_fill(size == 0, -math.inf).amax(dim=-1, keepdim=True)  # a dead key's score could leave the living 0 / 0
     weight = (scores - top).clamp(max=20).exp() * size
     return (weight / weight.sum(dim=-1, keepdim=True)).to(qkv.v.dtype) @ qkv.v
+
+
+# ---- Matchings that learn --------------------------------------------------------------------------------------------
+
+
+def merge_learned(tokens, metric, matching, targets, modulate=None):
+    """pyra.merge, with a gradient to the metric (b, n, d) that the matching came from: FPET's straight-through assignment.
+
+    The merged token of a source i is its best target, M_ij = [j is i's best], with the gradient of P_ij = sigmoid(C_ij - t_i): C_ij cosines,
+    t_i halfway between i's best and second best. x_j = (s_j x_j + sum_i M_ij s_i x_i) / s'_j, and the size s'_j = s_j + sum_i M_ij s_i has
+    a gradient too. targets: (b, kept) bool, which of the tokens that stay a source may choose. Without gradients it is pyra.merge itself.
+    """
+    merged = pyra.merge(tokens, matching, modulate)
+    if not torch.is_grad_enabled():
+        return merged
+    order, dst = matching
+    stay, src = order.split([order.shape[1] - dst.shape[1], dst.shape[1]], dim=1)
+    with torch.autocast(metric.device.type, enabled=False):
+        unit = F.normalize(metric.float(), dim=-1)
+        cosines = (pyra.take(unit, src) @ pyra.take(unit, stay).mT).masked_fill(~targets[:, None], -math.inf)  # (b, r, kept)
+        threshold = cosines.topk(2, dim=-1).values.clamp(min=-1).mean(dim=-1, keepdim=True)  # -1: there may be one target alone
+        soft = (cosines - threshold).sigmoid()
+    chosen = straight_through(F.one_hot(dst, stay.shape[1]).float(), soft)
+    x, size, _ = pyra.with_sizes(tokens._replace(x=pyra.widen(tokens.x)))
+    x = x * size.to(x.dtype)
+    x, x_src, size, size_src = pyra.take(x, stay), pyra.take(x, src), pyra.take(size, stay), pyra.take(size, src)
+    if modulate is not None:
+        x_src = modulate(x_src, pyra.take(x, dst))
+    with torch.autocast(metric.device.type, enabled=False):
+        x, size = x + chosen.mT.to(x.dtype) @ x_src.to(x.dtype), size + chosen.mT @ size_src
+    return merged._replace(x=(x / size.to(x.dtype)).to(tokens.x.dtype), size=size)
