@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, UNREAD, adapter, assert_same_run, identical, interrupted_at, watch_batches, write_class_folders
 from PIL import Image
 
-from pyra_lab import Config, batches, load_run, run
+from pyra_lab import Config, augmentation, batches, load_run, run
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
 from pyra_lab.tasks import load_split
@@ -98,7 +98,7 @@ def test_augmentation_depends_on_seed_and_index_alone():
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, second = batches.Seeded(Images(), 7), batches.Seeded(Images(), 8)
+    first, second = augmentation.Seeded(Images(), 7), augmentation.Seeded(Images(), 8)
     assert torch.equal(first[3], first[3]) and torch.equal(first[torch.tensor(3)], first[3])
     assert not torch.equal(first[3], second[3]) and not torch.equal(first[3] - 3, first[4] - 4)
     assert torch.equal(torch.get_rng_state(), state)
@@ -106,12 +106,12 @@ def test_augmentation_depends_on_seed_and_index_alone():
 
 def test_mixed_labels_are_probabilities():
     torch.manual_seed(0)
-    x, y = batches.mixup_or_cutmix(3)(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
+    x, y = augmentation.mixup_or_cutmix(3)(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
     assert x.shape == (6, 3, 8, 8) and y.shape == (6, 3) and torch.allclose(y.sum(dim=1), torch.ones(6)) and (y.max(dim=1).values < 1).any()
 
 
 def test_centre_crop_is_seven_eighths():
     image = Image.new("RGB", (64, 64), (255, 255, 255))
     image.paste((0, 0, 0), (4, 4, 60, 60))  # a white frame, a sixteenth wide
-    x = batches.mae_transform(56, "none", train=False)(image)
+    x = augmentation.centre_crop(56, "none")(image)
     assert x.shape == (3, 56, 56) and x.mean() < 0.01
