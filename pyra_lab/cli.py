@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import pyra
 from pyra_lab import files, grid, prediction, release, serving, speed, vtab
-from pyra_lab.config import parse, read_value
+from pyra_lab.backbones import BACKBONES, create_backbone
+from pyra_lab.config import Config, parse, read_value
 from pyra_lab.devices import DTYPES
 from pyra_lab.records import runs_folder
 from pyra_lab.training import run
@@ -136,7 +137,8 @@ def push_command(argv):
 
 def schedule_command(argv):
     parser = make_parser("schedule", "The merging schedule, for --rate, that makes a backbone as fast as asked for on this device")
-    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(pyra.SIZES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(BACKBONES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--img_size", type=int, help="pixels of a side (default: the backbone's)")
     parser.add_argument("--speedup", type=float, help="over the unmerged model")
     parser.add_argument("--images_per_second", type=float, help="or this")
     parser.add_argument("--latency", type=float, help="or this: milliseconds per batch")
@@ -150,7 +152,8 @@ def schedule_command(argv):
         if given is not None or not args.latency > 0:
             raise ValueError("--latency must be greater than 0, and given without --images_per_second")
         given = 1000 * args.batch_size / args.latency
-    fitted = speed.fit_schedule(pyra.create_model(args.backbone), args.speedup, given, args.batch_size, args.dtype, args.device, seconds=args.seconds)
+    model = create_backbone(Config(backbone=args.backbone, img_size=args.img_size), 1000)
+    fitted = speed.fit_schedule(model, args.speedup, given, args.batch_size, args.dtype, args.device, seconds=args.seconds)
     print(f"{fitted.speedup:.2f} times as fast, {fitted.images_per_second:.1f} images/s, {fitted.mac_ratio:.2f} times fewer operations", file=sys.stderr)
     print(json.dumps(fitted.schedule, separators=(",", ":")))
 

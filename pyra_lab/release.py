@@ -1,21 +1,29 @@
 """A trained model as others get it: a folder with exported files, adapter, record and card; and its way to the Hugging Face hub and back."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from pyra_lab import deploy, files, report, serving
 from pyra_lab.backbones import SHIPPED
 from pyra_lab.batches import sample_indices
 from pyra_lab.config import Config, arguments
-from pyra_lab.images import NORMS
+from pyra_lab.devices import has_fast_bfloat16
+from pyra_lab.images import NORMS, normalize
 from pyra_lab.layouts import shorten
-from pyra_lab.methods import METHODS, PEFTS
+from pyra_lab.methods import METHODS, PEFTS, fold
 from pyra_lab.records import complete, read_result
+from pyra_lab.speed import summarise_rounds, time_interleaved
 from pyra_lab.training import find_source, image_size, load_run
 
 FORMATS = ("float32", "int8")  # of exported files
@@ -177,6 +185,42 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     files.write_atomically(folder / "result.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
     files.write_atomically(folder / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     return [name for name in RELEASED if (folder / name).is_file()]
+
+
+def in_number_types(result, folder):
+    """A released model as a CPU would serve it -> {dtype: (function of uint8 images (b, 3, h, w), bytes)}, bfloat16 where that is fast."""
+    found, norm = {}, result.config["norm"]
+    for dtype, name in (("float32", "model.onnx"), ("int8", "model.int8.onnx")):
+        if (file := Path(folder) / name).is_file():
+            found[dtype] = serving.load(file, torch.get_num_threads()).forward, file.stat().st_size
+    if has_fast_bfloat16("cpu"):
+        model = fold(load_with(result)).to(torch.bfloat16).eval()
+        size = sum(p.nbytes for p in model.parameters())
+        with contextlib.suppress(ValueError):  # a PEFT that can't be folded in
+            model = deploy.pack(model)
+        found["bfloat16"] = lambda pixels: model(normalize(torch.from_numpy(pixels), norm, torch.bfloat16)).float().numpy(), size
+    return {dtype: found[dtype] for dtype in ("float32", "bfloat16", "int8") if dtype in found}
+
+
+@torch.inference_mode()
+def compare_formats(models, images, labels, batch_size=16, seconds=3.0, rounds=7):
+    """How models do when they are served on this CPU: rows of dicts, one per model and number type, all timed in turn.
+
+    models: {title: (Result, folder of write_release)}. images, labels: to measure the accuracy on, uint8 (n, 3, h, w) and (n,). float32
+    and int8 run in onnxruntime, bfloat16 in PyTorch, packed; each with as many threads as torch has here. A row has model, dtype, accuracy
+    in [0, 1], images_per_second at batch_size, speedup over the first row, latency of one image in ms, and bytes of the file or weights.
+    """
+    images, labels, rows, calls = np.asarray(images), np.asarray(labels), {}, {}
+    for title, (result, folder) in models.items():
+        for dtype, (forward, size) in in_number_types(result, folder).items():
+            logits = np.concatenate([forward(images[start : start + batch_size]) for start in range(0, len(images), batch_size)])
+            rows[title, dtype] = dict(model=title, dtype=dtype, accuracy=float((logits.argmax(axis=1) == labels).mean()), bytes=size)
+            calls[title, dtype] = forward
+    many, one = (time_interleaved({key: functools.partial(forward, images[np.arange(b) % len(images)]) for key, forward in calls.items()},
+                                  torch.device("cpu"), seconds, rounds) for b in (batch_size, 1))
+    for key, speed in summarise_rounds(many, batch_size, dict.fromkeys(many)).items():
+        rows[key] |= dict(images_per_second=speed.images_per_second, speedup=speed.speedup, latency=1000 * statistics.median(one[key]))
+    return list(rows.values())
 
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------

@@ -295,13 +295,15 @@ def write_csv(rows, out):
 # ---- An exported model -----------------------------------------------------------------------------------------------
 
 
-def load(file):
-    """The Predictor of a file that `pyra_lab.export_onnx` wrote, on the CPU. Raises FileNotFoundError, ImportError, ValueError."""
+def load(file, threads=0):
+    """The Predictor of a file that `pyra_lab.export_onnx` wrote, on the CPU. threads: 0: one per core. Raises FileNotFoundError, ImportError, ValueError."""
     import onnxruntime
     if not os.path.isfile(file):
         raise FileNotFoundError(f"there is no file {str(file)!r}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has an exception for each kind of damage
         raise ValueError(f"{file} can't be loaded as an ONNX model: {first_line(error)}") from error
     (images, *others), meta = session.get_inputs(), session.get_modelmeta().custom_metadata_map
