@@ -1,16 +1,22 @@
 """Predictions, of a run and of its exported file without PyTorch: the pixels of training, whatever is sent, and rows for what can't be read."""
 
 import csv
+import http.client
 import io
+import json
 import os
+import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from helpers import ONE_STEP, rows, write_tree
+from helpers import ONE_STEP, ROOT, rows, write_tree
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -117,6 +123,44 @@ def test_a_process_without_pytorch(trained, tmp_path):
     out = io.StringIO()
     serving.write_csv(predict(folder / "model.onnx", test, progress=False), out)
     assert (tmp_path / "out.csv").read_text() == out.getvalue()
+
+
+def bomb():
+    """A PNG file of a few bytes whose picture would take gigabytes."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(9000)), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+
+
+def test_the_service_of_the_notebook(trained):
+    """Its very lines, in a process of their own without PyTorch, answer each upload: as `predict` does, or with the reason."""
+    _, folder = trained
+    cells = nbformat.read(ROOT / "notebooks" / "deploy.ipynb", as_version=4).cells
+    lines, = [cell.source.split("'''")[1].lstrip() for cell in cells if "HTTPServer" in cell.source]
+    (folder / "serve.py").write_text(lines)
+    script = WITHOUT_TORCH + "import runpy; sys.argv = ['serve.py', '0']; sys.path.insert(0, '.'); runpy.run_path('serve.py')"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+        try:
+            host, port = re.fullmatch(r"http://(.+):(\d+)\n", service.stdout.readline()).groups()
+
+            def post(body, length=None):
+                connection = http.client.HTTPConnection(host, int(port), timeout=30)
+                connection.request("POST", "/", body, {"Content-Length": str(len(body) if length is None else length)})
+                answer = connection.getresponse()
+                return answer.status, json.loads(answer.read())
+
+            for kind in KINDS:
+                expected, = predict(folder / "model.onnx", io.BytesIO(photo(kind)), progress=False)
+                status, found = post(photo(kind))
+                assert status == 200 and found["classes"] == list(expected.classes) and found["probabilities"] == pytest.approx(expected.probabilities)
+            for body, why in ((b"not an image", "like no format that Pillow knows"), (photo("turned")[:300], "not an image that can be read"),
+                              (bomb(), "exceeds limit")):
+                status, found = post(body)
+                assert status == 400 and why in found["error"] and not found["classes"]
+            for length in (10**9, 0, "many"):
+                assert post(b"", length) == (413, {"error": "send an image of at most 20 MB"})
+            assert post(photo("RGB"))[0] == 200  # it is still there
+        finally:
+            service.terminate()
 
 
 @rows("source, given, message", [
