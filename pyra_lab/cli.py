@@ -1,7 +1,8 @@
-"""The command line: python -m pyra_lab run | grid | slurm | benchmark | check, or pyra-lab where it is installed."""
+"""The command line: python -m pyra_lab run | grid | slurm | predict | export | push | schedule | benchmark | check, or pyra-lab where it is installed."""
 
 import argparse
 import difflib
+import json
 import os
 import shlex
 import sys
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import pyra
-from pyra_lab import files, grid, speed, vtab
-from pyra_lab.config import parse, read_value
+from pyra_lab import files, grid, prediction, release, serving, speed, vtab
+from pyra_lab.backbones import BACKBONES, create_backbone
+from pyra_lab.config import Config, parse, read_value
 from pyra_lab.devices import DTYPES
 from pyra_lab.records import runs_folder
 from pyra_lab.training import run
@@ -91,10 +93,79 @@ def check_command(argv):
     return int(any(finding.kind != "note" for found in findings.values() for finding in found))
 
 
+def predict_command(argv):
+    parser = make_parser("predict", "Classes and probabilities of images, as CSV: of a run, an adapter, a model on the hub, or an exported file")
+    parser.add_argument("model", help="id or folder of a run, its adapter.safetensors, user/name on the hub, or model.onnx")
+    parser.add_argument("images", nargs="+", help="images, or folders of them")
+    parser.add_argument("--top", type=int, default=3, help="classes per image (default: %(default)s)")
+    parser.add_argument("--out", help="file to write (default: the terminal)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--weights", help="the backbone's weights, where they are not where the run found them: a file or a name on the hub")
+    args = parser.parse_args(argv)
+    images = args.images if len(args.images) > 1 else args.images[0]
+    rows = prediction.predict(args.model, images, args.top, args.batch_size, args.device, args.weights)
+    if args.out is None:
+        return serving.write_csv(rows, sys.stdout)
+    with open(args.out, "w", newline="", encoding="utf-8") as file:
+        serving.write_csv(rows, file)
+    unread = sum(row.error is not None for row in rows)
+    print(f"{len(rows):,} images in {args.out}" + (f", {unread:,} of which can't be read: the column error says why" if unread else ""))
+
+
+def export_command(argv):
+    parser = make_parser("export", "A folder for others: ONNX files that need no PyTorch, what predicts with them, adapter, record and model card")
+    parser.add_argument("run", help="id or folder of a finished run")
+    parser.add_argument("folder", help="to write")
+    parser.add_argument("--formats", default="float32,int8", help="of the ONNX files, by commas, or none (default: %(default)s)")
+    parser.add_argument("--name", help="user/name, as the card will call it")
+    parser.add_argument("--weights", help="the name on the hub under which others find the backbone's weights, if they came from a file")
+    args = parser.parse_args(argv)
+    formats = () if args.formats == "none" else tuple(args.formats.split(","))
+    written = release.write_release(prediction.find_result(args.run), args.folder, formats, args.name, args.weights)
+    print(f"{', '.join(written)} in {args.folder}")
+
+
+def push_command(argv):
+    parser = make_parser("push", "Uploads a folder of `export` to the Hugging Face hub, with the token that `hf auth login` has stored")
+    parser.add_argument("folder", help="the folder")
+    parser.add_argument("name", help="user/name")
+    parser.add_argument("--public", action="store_true", help="for all to see (default: private)")
+    args = parser.parse_args(argv)
+    print(release.push(args.folder, args.name, private=not args.public))
+
+
+def schedule_command(argv):
+    parser = make_parser("schedule", "The merging schedule, for --rate, that makes a backbone as fast as asked for on this device")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(BACKBONES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--img_size", type=int, help="pixels of a side (default: the backbone's)")
+    parser.add_argument("--speedup", type=float, help="over the unmerged model")
+    parser.add_argument("--images_per_second", type=float, help="or this")
+    parser.add_argument("--latency", type=float, help="or this: milliseconds per batch")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at a time when serving (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=3.0, help="to time each try (default: %(default)s)")
+    args = parser.parse_args(argv)
+    given = args.images_per_second
+    if args.latency is not None:
+        if given is not None or not args.latency > 0:
+            raise ValueError("--latency must be greater than 0, and given without --images_per_second")
+        given = 1000 * args.batch_size / args.latency
+    model = create_backbone(Config(backbone=args.backbone, img_size=args.img_size), 1000)
+    fitted = speed.fit_schedule(model, args.speedup, given, args.batch_size, args.dtype, args.device, seconds=args.seconds)
+    print(f"{fitted.speedup:.2f} times as fast, {fitted.images_per_second:.1f} images/s, {fitted.mac_ratio:.2f} times fewer operations", file=sys.stderr)
+    print(json.dumps(fitted.schedule, separators=(",", ":")))
+
+
 COMMANDS = {
     "run": (run_command, "train and evaluate one config: --task dtd --method pyra"),
     "grid": (grid_command, "do many runs on this machine, from a file with one config per line"),
     "slurm": (slurm_command, "write a script that does them as a Slurm array"),
+    "predict": (predict_command, "classes and probabilities of images, as CSV, from a run, a model on the hub or an exported file"),
+    "export": (export_command, "write a folder for others: ONNX files in float32 and int8, adapter, model card"),
+    "push": (push_command, "upload such a folder to the Hugging Face hub"),
+    "schedule": (schedule_command, "find the merging schedule for a speed-up, a latency or images/s on this device"),
     "benchmark": (benchmark_command, "measure images/s and memory of plain, ToMe and PYRA"),
     "check": (check_command, "check a folder of VTAB-1k, or a task of your own"),
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyra
+from pyra_lab.augmentation import AUGMENTS
 from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED, default_img_size
 from pyra_lab.devices import DTYPES, check_device_name, default_device, has_fast_bfloat16
 from pyra_lab.images import NORMS
@@ -18,7 +19,7 @@ from pyra_lab.layouts import SPLITS
 from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 from pyra_lab.vtab import ALIASES
 
-AUGMENTS = ("none", "mae")
+KEEP = ("last", "best")
 
 
 def option(default, help, choices=None):
@@ -61,7 +62,8 @@ class Config:
     weight_decay: float = option(1e-4, "AdamW's weight decay")
     drop_path: float = option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = option(0.1, "on LoRA's input, or inside another PEFT")
-    augment: str = option("none", "none, or mae: MAE's crops, RandAugment, erasing, mixup, cutmix and smoothing (stream: tasks)", AUGMENTS)
+    augment: str = option("none", "what is done to the images to train on, at random", AUGMENTS)
+    keep: str = option("last", "the epoch whose weights are kept: last, or best: the best on val200, evaluated every eval_every epochs, or every one", KEEP)
     norm: str | None = option(None, "normalisation: imagenet, half (0.5), clip or none; by default the one of the backbone's row", NORMS)
     seed: int = option(0, "seed of initialisation, order and dropout")
     # on what
@@ -193,8 +195,20 @@ def check_combinations(config):
         raise ValueError(f"{'a teacher' if config.teacher else f'method {config.method}'} needs the images in memory, and {config.task} is read from its files")
     if config.teacher_weights and not config.teacher:
         raise ValueError("teacher_weights were given, but no teacher")
-    if config.augment != "none" and not streamed:
-        raise ValueError(f"augment {config.augment} is for stream:/path tasks, whose files are read again in each epoch, not for {config.task}")
+    augment = AUGMENTS[config.augment]
+    if augment.streamed and not streamed:
+        raise ValueError(f"augment {config.augment} is for stream:/path tasks, and {config.task} is held in memory: take strong, or light")
+    if augment.area and not augment.streamed and streamed:
+        raise ValueError(f"augment {config.augment} is for tasks held in memory, and {config.task} is read from its files: take mae")
+    if augment.area and config.teacher:
+        raise ValueError(f"a teacher's logits are of the images as they are: leave out augment {config.augment}, or the teacher")
+    if config.keep == "best":
+        if streamed:
+            raise ValueError(f"keep best selects on val200, and {config.task} has no images besides those to train and to test on: keep the last epoch")
+        if config.train_split in ("val200", "train800val200"):
+            raise ValueError(f"keep best selects on val200, and train_split {config.train_split} trains on it: take train800")
+        if method.dial is not None:
+            raise ValueError(f"keep best can't choose an epoch of method {config.method}, which meets its budget after the last one only")
 
 
 # ---- Command line <-> Config -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import pyra
 from pyra_lab import batches, budget, files
+from pyra_lab.augmentation import AUGMENTS, mixup_or_cutmix
 from pyra_lab.devices import DTYPES, autocast
 from pyra_lab.distillation import distillation_loss
 from pyra_lab.methods import PEFTS
@@ -83,7 +84,7 @@ def read_state(file):
         return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {"plan": state.get("found"), **state}  # "found": an older version's name
+        return {"plan": state.get("found"), "best": None, **state}  # "found": an older version's name
     except Exception as error:
         raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to start this run again") from error
 
@@ -95,7 +96,7 @@ def make_loss(model, config, num_classes):
     forward = functools.partial(budget.forward_counted, model) if counted else model
     if config.compile:
         forward = torch.compile(forward)
-    mix = batches.mixup_or_cutmix(num_classes) if config.augment == "mae" else None
+    mix = mixup_or_cutmix(num_classes) if AUGMENTS[config.augment].strong else None
 
     def loss_of(x, y, teacher):
         if mix:
@@ -156,16 +157,33 @@ def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, processes, s
     return loss / cut.steps, correct / cut.steps / cut.batch
 
 
+def trained_of(model):
+    """{name: parameter} of what is trained, detached."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model, values):
+    """Gives the trained parameters the values that trained_of had."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(values[name])
+
+
+def better_of(best, model, entry):
+    """The epoch to keep so far: `best`, or the one that has just ended; of equals the later, which was trained at a lower learning rate."""
+    if best is not None and entry["val_accuracy"] < best["accuracy"]:
+        return best
+    return dict(epoch=entry["epoch"], accuracy=entry["val_accuracy"], model={name: p.clone() for name, p in trained_of(model).items()})
+
+
 def prepare_training(model, config, state):
     """The optimizer and the history of a model that is about to be trained; all three as they were saved, where a state is given."""
     optimizer, history = make_optimizer(cast_frozen(model, DTYPES[config.dtype]), config), []
     peaks = [group["lr"] for group in optimizer.param_groups]
     model.checkpoint = config.checkpoint
     if state is not None:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.requires_grad:
-                    p.copy_(state["model"][name])
+        load_trained(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
     for group, peak in zip(optimizer.param_groups, peaks):
@@ -204,9 +222,8 @@ def check_loss(entry, folder):
         raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch']}{before}")
 
 
-def save_state(folder, model, optimizer, history, plan=None):
+def save_state(folder, model, optimizer, history, plan=None, best=None):
     """Saves all that it takes to resume after the last epoch of the history."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = dict(model=trained, optimizer=optimizer.state_dict(), history=history, plan=plan)
+    state = dict(model=trained_of(model), optimizer=optimizer.state_dict(), history=history, plan=plan, best=best)
     files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))
     files.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))

@@ -21,9 +21,23 @@ def accuracy_per_class(logits, labels):
     return [hit / count if count else None for hit, count in zip(hits.tolist(), images.tolist())]
 
 
+def balanced_accuracy(logits, labels):
+    """The mean of the classes' accuracies in [0, 1], each class counted alike however many images it has."""
+    found = [value for value in accuracy_per_class(logits, labels) if value is not None]
+    return sum(found) / len(found) if found else 0.0
+
+
+def confusion_matrix(logits, labels):
+    """Counts of images by label (rows) and prediction (columns); None above 256 classes, as a record would hold little else."""
+    n = logits.shape[1]
+    if n > 256:
+        return None
+    return torch.bincount(labels * n + logits.argmax(dim=1), minlength=n * n).view(n, n).tolist()
+
+
 # name -> function(logits (n, classes) float32, labels (n,) int64, on the CPU) -> a number or a list, as JSON. Numbers are logged in each evaluation.
-METRICS = {"accuracy": accuracy, "accuracy_per_class": accuracy_per_class}
-HISTORY = ("epoch", "lr", "loss", "train_accuracy", "seconds")  # what a run logs besides: no metric may have one of these names
+METRICS = {"accuracy": accuracy, "accuracy_per_class": accuracy_per_class, "balanced_accuracy": balanced_accuracy, "confusion_matrix": confusion_matrix}
+HISTORY = ("epoch", "lr", "loss", "train_accuracy", "seconds", "val_accuracy")  # what a run logs besides: no metric may have one of these names
 
 
 def check_metrics():

@@ -22,10 +22,10 @@ class Result:
 
     config: dict  # every field, with what each None stood for
     folder: str  # of the run's files
-    accuracy_last: float  # on eval_split after the last epoch, in [0, 1]
+    accuracy_last: float  # on eval_split after the last epoch, in [0, 1]; with keep best, after the epoch that was kept
     accuracy_best: float  # best over all evaluations (optimistic on the test split); equals accuracy_last for methods calibrated after training
-    best_epoch: int  # counted from 0; -1: before any training
-    history: list  # one dict per epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy where evaluated
+    best_epoch: int  # counted from 0; -1: before any training; with keep best the one that was best on val200, whose weights are kept
+    history: list  # one dict per epoch: epoch, lr, loss, train_accuracy, seconds, and accuracy or val_accuracy where evaluated
     num_classes: int
     classes: list  # names by label; empty where the task has none
     macs: int  # of one image, with the PEFT folded in where it can be; averaged over eval_split where it depends on the image (ats, ltmp)
@@ -36,7 +36,7 @@ class Result:
     peak_memory: int | None = None  # bytes on a CUDA device
     versions: dict = field(default_factory=dict)
     plan: list | None = None  # what the method chose before training: rap's (heads, units), ats's counts, diffrate's (prune, merge), one per block
-    metrics: dict = field(default_factory=dict)  # after the last epoch, see evaluation.METRICS: accuracy, accuracy_per_class
+    metrics: dict = field(default_factory=dict)  # after the last epoch, see evaluation.METRICS: accuracy, confusion_matrix ...
 
 
 def runs_folder(runs=None):
@@ -93,7 +93,7 @@ def results(runs=None):
 
     Keys: id, all fields of the config, the metrics after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft
     (_reducer, _head, _backbone), backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those
-    after the last block. Schedules and accuracy_per_class are lists.
+    after the last block. Schedules, accuracy_per_class and confusion_matrix are lists.
     """
     rows = []
     for result in read_results(runs):

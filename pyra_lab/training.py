@@ -1,6 +1,6 @@
 """One run: a Config -> a model -> training -> evaluation -> a record that is found again.
 
-A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (one line per epoch), state.pt (to resume from),
+A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from),
 adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there is a teacher, and finally
 result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (a GPU adds
 merged tokens up in no fixed order). The id knows the config, not the files behind it nor this code: after changing images,
@@ -23,14 +23,16 @@ from tqdm import tqdm
 
 import pyra
 from pyra_lab import backbones, batches, budget, files, methods, tasks
+from pyra_lab.augmentation import check_augmentation
 from pyra_lab.config import Config
 from pyra_lab.devices import DTYPES, check_device
-from pyra_lab.epochs import check_loss, cut_epoch, prepare_training, read_state, save_state, train
+from pyra_lab.epochs import better_of, check_loss, cut_epoch, load_trained, prepare_training, read_state, save_state, train
 from pyra_lab.evaluation import check_metrics, evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
 from pyra_lab.processes import Processes, connect, from_environment
 from pyra_lab.records import Result, read_result, runs_folder
+from pyra_lab.scalars import open_scalars
 
 # ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
 
@@ -44,7 +46,8 @@ def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
     student = config.resolved()  # the teacher shares the student's seed and so on; its device and dtype are those of the machine that trains it
     return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
-                               teacher_weights=None, img_size=None, norm=config.norm, method="plain", second_epochs=None, peft="lora", lora_rank=None, batch_size=None, micro_batch=None)
+                               teacher_weights=None, img_size=None, norm=config.norm, method="plain", second_epochs=None, peft="lora", lora_rank=None,
+                               batch_size=None, micro_batch=None)
 
 
 def prerequisites(config):
@@ -137,6 +140,7 @@ def check_run(config, source=None):
             model = methods.call_add(method, model, config, None)
             if not budget.depends_on_image(model):
                 pyra.token_counts(model)
+    check_augmentation(config.augment)
     check_metrics()
     return source
 
@@ -240,26 +244,34 @@ def finish(run, model, plan, state):
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
 
-    metrics = None
+    metrics, best = None, state["best"] if state else None
     bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not run.progress or not processes.first, leave=False)
-    for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress):
-        check_loss(entry, folder)
-        last = entry["epoch"] + 1 == epochs
-        if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
-            plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
-        if last or config.eval_every and (entry["epoch"] + 1) % config.eval_every == 0:
-            metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
-            entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        history.append(entry)
-        if processes.first:
-            save_state(folder, model, optimizer, history, plan)
-        bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy") if key in entry}, refresh=False)
-        bar.update()
+    with open_scalars(folder, len(history)) if processes.first and len(history) < epochs else contextlib.nullcontext() as write_scalars:
+        for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress):
+            check_loss(entry, folder)
+            last = entry["epoch"] + 1 == epochs
+            if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
+                plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
+            if data.validate is not None:
+                if last or (entry["epoch"] + 1) % (config.eval_every or 1) == 0:
+                    entry["val_accuracy"] = evaluate(model, data.validate(processes.rank, processes.world), dtype, processes)["accuracy"]
+                    best = better_of(best, model, entry)
+            elif last or config.eval_every and (entry["epoch"] + 1) % config.eval_every == 0:
+                metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
+                entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            history.append(entry)
+            if processes.first:
+                save_state(folder, model, optimizer, history, plan, best)
+                write_scalars(entry)
+            bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("loss", "accuracy", "val_accuracy") if key in entry}, refresh=False)
+            bar.update()
     bar.close()
 
-    if metrics is None:  # all epochs were done before, or a second stage has none
+    if best is not None:
+        load_trained(model, best["model"])
+    if metrics is None:  # all epochs were done before, or a second stage has none, or the weights are not the last epoch's
         metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
-    result = summarise(run, model, plan, history, metrics)
+    result = summarise(run, model, plan, history, metrics, best["epoch"] if best else -1)
     if processes.first:
         pyra.save_adapter(model, folder / "adapter.safetensors")
         files.write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(result), indent=1)))
@@ -267,10 +279,10 @@ def finish(run, model, plan, state):
     return result
 
 
-def summarise(run, model, plan, history, metrics):
-    """The Result of a trained model: its accuracies and what it costs."""
+def summarise(run, model, plan, history, metrics, kept=-1):
+    """The Result of a trained model: its accuracies and what it costs. kept: the epoch of its weights where it isn't the last."""
     config, processes, task, method = run.config, run.processes, run.source.task, METHODS[run.config.method]
-    evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=-1, accuracy=metrics["accuracy"])]
+    evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=kept, accuracy=metrics["accuracy"])]
     if method.dial is not None:  # before its last epoch it was not held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])

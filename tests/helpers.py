@@ -181,8 +181,8 @@ def without_seconds(history):
 
 
 def files_in(folder):
-    """Names of all files but locks, in sub-folders too."""
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    """Names of all files but locks and TensorBoard's, in sub-folders too."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and not file.name.startswith((".lock", "events.out.")))
 
 
 def assert_nearly_same(a, b, before):

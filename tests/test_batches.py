@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, UNREAD, adapter, assert_same_run, identical, interrupted_at, watch_batches, write_class_folders
 from PIL import Image
 
-from pyra_lab import Config, batches, load_run, run
+from pyra_lab import Config, augmentation, batches, load_run, run
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
 from pyra_lab.tasks import load_split
@@ -98,20 +98,59 @@ def test_augmentation_depends_on_seed_and_index_alone():
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, second = batches.Seeded(Images(), 7), batches.Seeded(Images(), 8)
+    first, second = augmentation.Seeded(Images(), 7), augmentation.Seeded(Images(), 8)
     assert torch.equal(first[3], first[3]) and torch.equal(first[torch.tensor(3)], first[3])
     assert not torch.equal(first[3], second[3]) and not torch.equal(first[3] - 3, first[4] - 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
+AUGMENTED = {**SMALL, "epochs": 2, "eval_every": 0, "method": "tome", "dropout": 0.0, "drop_path": 0.0}
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_augmented_in_memory(task, tmp_path, augment):
+    """Each image as seed, epoch and index say: resumed and cut in micro-batches alike; evaluation sees images as they are. Teaches what it should."""
+    config = Config(task=task, **{**AUGMENTED, "augment": augment, "keep": "best", "train_split": "train800"})
+    with watch_batches() as seen:
+        whole = run(config, tmp_path / "whole", progress=False)
+    steps = [x for training, x in seen if training]
+    assert [len(x) for x in steps] == [8] * 4 and len({image.numpy().tobytes() for x in steps for image in x}) == 32  # no image twice the same
+    assert identical({"x": torch.cat([x for training, x in seen if not training and len(x) == 3][:1])}, {"x": normalize(load_split(task, "val200", 24)[0], "half")})
+    with interrupted_at(3):
+        run(config, tmp_path / "cut", progress=False)
+    assert_same_run(run(config, tmp_path / "cut", progress=False), whole)
+    with watch_batches() as parts:
+        run(dataclasses.replace(config, micro_batch=4), tmp_path, progress=False)
+    if augment == "light":  # mixing depends on the batch it is done in
+        assert torch.equal(torch.cat([x for training, x in parts if training]), torch.cat(steps))
+        assert all(-1 <= x.min() and x.max() <= 1 for x in steps)  # crops of an image have its colours
+    assert run(dataclasses.replace(config, seed=1), tmp_path, progress=False).history[0]["loss"] != whole.history[0]["loss"]
+
+
+def test_rows_of_augmentation_differ_in_what_they_say():
+    """Light keeps half of the area or more, in a picture whose pixels tell where they came from; strong changes colours and erases too."""
+    place = (torch.arange(64) * 4).to(torch.uint8)
+    image = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64, dtype=torch.uint8)])
+    kept, others, flipped = [], 0, 0
+    for index in range(60):
+        light, strong = (augmentation.Seeded(augmentation.Transformed([image] * 60, augmentation.crops_and_more(augmentation.AUGMENTS[name], 32, "none", True)), 3)[index]
+                         for name in ("light", "strong"))
+        x, y = light[0], light[1]
+        flipped += bool(x[0, 0] > x[0, -1])
+        kept.append(float((x.max() - x.min()) * (y.max() - y.min())))
+        assert light[2].max() == 0 and light.shape == (3, 32, 32)
+        others += bool(strong[2].abs().max() > 0)
+    assert 0.4 < min(kept) < 0.6 and 0.8 < max(kept) and 15 < flipped < 45 and others > 15
+
+
 def test_mixed_labels_are_probabilities():
     torch.manual_seed(0)
-    x, y = batches.mixup_or_cutmix(3)(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
+    x, y = augmentation.mixup_or_cutmix(3)(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
     assert x.shape == (6, 3, 8, 8) and y.shape == (6, 3) and torch.allclose(y.sum(dim=1), torch.ones(6)) and (y.max(dim=1).values < 1).any()
 
 
 def test_centre_crop_is_seven_eighths():
     image = Image.new("RGB", (64, 64), (255, 255, 255))
     image.paste((0, 0, 0), (4, 4, 60, 60))  # a white frame, a sixteenth wide
-    x = batches.mae_transform(56, "none", train=False)(image)
+    x = augmentation.centre_crop(56, "none")(image)
     assert x.shape == (3, 56, 56) and x.mean() < 0.01

@@ -72,7 +72,7 @@ def test_help(capsys):
     assert not cli.main([])
     overview = capsys.readouterr().out
     assert not cli.main(["--help"]) and capsys.readouterr().out == overview
-    for command in ("check", "benchmark", "slurm", "grid", "run"):
+    for command in ("check", "benchmark", "schedule", "push", "export", "predict", "slurm", "grid", "run"):
         assert re.search(rf"^  {command} ", overview, re.MULTILINE)
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
@@ -87,7 +87,11 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("argv, sentence", [
     (["grdi", "grid.jsonl"], "there is no command 'grdi'; did you mean grid"),
-    (["predictions"], "there is no command 'predictions'; the commands are run, grid, slurm, benchmark, check"),
+    (["predictions"], "there is no command 'predictions'; did you mean predict"),
+    (["serve"], "there is no command 'serve'; the commands are run, grid, slurm, predict, export, push, schedule, benchmark, check"),
+    (["schedule", "--latency", "5", "--images_per_second", "9"], "--latency must be greater than 0, and given without --images_per_second"),
+    (["export", "none", "folder"], "'none' is no finished run, none's folder or adapter"),
+    (["push", "/nowhere", "me/model"], "/nowhere has no README.md, adapter.safetensors, result.json: write it with python -m pyra_lab export"),
     (["--task", "a b"], "the first argument must be a command, one of run, .*; to train, write: python -m pyra_lab run --task 'a b'"),
     (["benchmark", "--training", "--compile", "default"], "--training is measured without --compile"),
     (["slurm", "grid.jsonl", "--max", "0"], "--max must be at least 1, not 0"),

@@ -42,7 +42,13 @@ REFUSED = [  # fields, what the sentence says
     (dict(method="rap", task="stream:/images"), "method rap needs the images in memory, and stream:/images is read from its files"),
     (dict(teacher="vit_nano_patch4_56", task="stream:/images"), "a teacher needs the images in memory"),
     (dict(teacher_weights="none"), "teacher_weights were given, but no teacher"),
-    (dict(augment="mae"), "augment mae is for stream:/path tasks"),
+    (dict(augment="mae"), "augment mae is for stream:/path tasks, and sprites_location is held in memory: take strong, or light"),
+    (dict(augment="light", task="stream:/images"), "augment light is for tasks held in memory, and stream:/images is read from its files: take mae"),
+    (dict(augment="strong", teacher="vit_nano_patch4_56"), "a teacher's logits are of the images as they are: leave out augment strong, or the teacher"),
+    (dict(augment="heavy"), "augment must be one of none, light, strong, mae, not 'heavy'"),
+    (dict(keep="best"), "keep best selects on val200, and train_split train800val200 trains on it: take train800"),
+    (dict(keep="best", task="stream:/images"), "keep best selects on val200, and stream:/images has no images besides those to train and to test on"),
+    (dict(keep="best", train_split="train800", method="ltmp"), "keep best can't choose an epoch of method ltmp, which meets its budget after the last one"),
 ]
 
 
@@ -167,7 +173,7 @@ OTHER = dict(
     task="digits", backbone="vit_tiny_patch16_224", weights="none", method="tome", rate="low", s=2, lora_rank=3, epochs=99, warmup=3, batch_size=16,
     lr=2e-3, modulation_lr=2e-4, weight_decay=0.0, drop_path=0.0, dropout=0.0, norm="none", seed=1, train_split="train800", eval_split="val200",
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True, checkpoint=True,
-    peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", workers=1,
+    peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", keep="best", workers=1,
     img_size=112, lora_targets="qkv,fc2", lora_alpha=4.0, peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
     rise=0.5,
 )  # a value for each field that isn't its default
@@ -184,7 +190,7 @@ def test_an_id_depends_on_all_that_matters_and_on_nothing_else(monkeypatch):
 
     assert OTHER.keys() == {f.name for f in dataclasses.fields(Config)}
     merging, full = dataclasses.replace(base, method="pyra"), dataclasses.replace(base, method="pyra", peft="full", task="stream:/images")
-    starts = {"augment": full, "teacher_weights": dataclasses.replace(base, teacher="vit_base_patch16_224")}  # where the field matters
+    starts = {"augment": full, "keep": dataclasses.replace(base, train_split="train800"), "teacher_weights": dataclasses.replace(base, teacher="vit_base_patch16_224")}  # where the field matters
     for name in OPTIONAL:
         method = next((method for method, row in METHODS.items() if name in row.uses), "pyra")
         peft = next((peft for peft, row in PEFTS.items() if name in row.uses), "lora")
@@ -262,6 +268,6 @@ def test_parse_refuses():
 
 
 def test_arguments_are_parsed_back():
-    every_field = Config(**OTHER | dict(peft="lora", augment="none", compile=False))  # all three go with other values only
+    every_field = Config(**OTHER | dict(peft="lora", augment="strong", compile=False, teacher=None, teacher_weights=None))  # which go with other values only
     for given in (Config(), Config(rate=[16] * 12, weights="none", s=2, lr=3e-4, compile=True, warmup=0, device="cpu"), every_field):
         assert parse(arguments(given)) == given

@@ -13,6 +13,7 @@ from helpers import ROOT, rows, write_class_folders
 
 from pyra_lab import Config
 from pyra_lab.grid import read_grid
+from pyra_lab.release import RELEASED
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -49,12 +50,15 @@ def check_equal_lengths(shown, runs):
 
 
 def check_deployed(shown, runs):
-    """All files are there, and the model that was trained merges by the schedule that was fitted."""
+    """A folder for others, one model per rate and the target's, which merges by the schedule that was fitted; all on the same images."""
+    curve = shown.pop("curve")
     check_accuracies(shown, runs)
-    expected = ["adapter.safetensors", "model.onnx", "model.pt2", "model_card.md", "schedule.json"]
-    assert shown["pyra"]["files"] == expected == sorted(file.name for file in (runs / "deployed").iterdir())
-    config, = read_configs(runs)
-    assert shown["pyra"]["mac_ratio"] > 1 and config["rate"] == shown["pyra"]["schedule"]
+    assert list(shown) == ["unmerged", "merged"] and all([row["dtype"] for row in shown[name]["formats"]][::len(shown[name]["formats"]) - 1] == ["float32", "int8"]
+                                                         for name in shown)
+    assert curve["files"] == [*RELEASED[:-1], "serve.py", RELEASED[-1]] and len(curve["accuracy"]) == len(curve["images_per_second"]) == 2
+    configs = read_configs(runs)
+    assert len(configs) == 3 and {config["train_split"] for config in configs} == {"train800"}
+    assert [config["eval_split"] for config in configs if config["rate"] == curve["schedule"]] == ["test"] and curve["mac_ratio"] > 1
 
 
 class Case(NamedTuple):
@@ -100,8 +104,9 @@ CASES = {
                        [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"),
                         (dict(train_batch_size=0), "batch_size and rounds must be at least 1")],
                        task=lambda task: {}, check=check_speeds),
-    "deploy": Case(dict(target_speedup=3.0, serve_batch=2, seconds=0.02, seed=1, epochs=1),
-                   [(dict(target_speedup=1.0), "target_speedup must be greater than 1"), (dict(path="nowhere"), "nowhere is not a folder")],
+    "deploy": Case(dict(target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
+                   [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "speedup and images_per_second must be a positive"),
+                    (dict(path="nowhere"), "nowhere is not a folder")],
                    task=lambda task: dict(path=task.removeprefix("folder:")), check=check_deployed),
 }
 

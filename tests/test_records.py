@@ -134,15 +134,20 @@ def test_metrics_equal_a_naive_computation(finished, task):
     _, result = finished()
     model, (images, labels) = load_run(result), load_split(task, "test", 24)
     with torch.no_grad():
-        right = [(model(normalize(image[None], "half")).argmax() == label).item() for image, label in zip(images, labels)]
+        predicted = [model(normalize(image[None], "half")).argmax().item() for image in images]
+    right = [guess == label for guess, label in zip(predicted, labels.tolist())]
     assert result.metrics.keys() == evaluation.METRICS.keys()
     assert result.metrics["accuracy"] == pytest.approx(sum(right) / 24)
     assert result.metrics["accuracy_per_class"] == pytest.approx([sum(right[i : i + 8]) / 8 for i in (0, 8, 16)])
+    pairs = list(zip(labels.tolist(), predicted))
+    assert result.metrics["confusion_matrix"] == [[pairs.count((i, j)) for j in range(3)] for i in range(3)]
 
 
 def test_a_class_without_images_has_no_accuracy():
     logits, labels = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0], [0, 1.0, 0, 0]]), torch.tensor([0, 0, 1])
     assert evaluation.accuracy_per_class(logits, labels) == [0.5, 1.0, None, None]
+    assert evaluation.balanced_accuracy(logits, labels) == 0.75 and evaluation.accuracy(logits, labels) == pytest.approx(2 / 3)
+    assert evaluation.confusion_matrix(torch.zeros(2, 257), labels[:2]) is None  # a record would hold little else
 
 
 def test_a_metric_added_at_run_time_is_recorded(task, tmp_path, monkeypatch):

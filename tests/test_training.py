@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import pyra
-from pyra_lab import METHODS, Config, Method, evaluation, fold, load_run, records, run
+from pyra_lab import METHODS, Config, Method, evaluation, fold, load_run, records, run, training
 from pyra_lab.batches import in_batches
 from pyra_lab.budget import forward_counted, mean_macs, schedule, target_macs
 from pyra_lab.config import has_fast_bfloat16
@@ -134,6 +135,49 @@ def test_same_seed_same_run(finished, tmp_path):
     other = run(dataclasses.replace(config, seed=1), tmp_path, progress=False)
     assert [name for name, value in adapter(other).items() if torch.equal(value, adapter(reference)[name])] == [f"{UNREAD}.w_d"]
     assert other.history[0]["loss"] != reference.history[0]["loss"]
+
+
+def test_the_best_epoch_on_val200_is_kept(task, tmp_path, monkeypatch):
+    """Whatever the test images say, which are seen once; of equal epochs the later; also where only the record is missing, and after a kill."""
+    config = Config(task=task, **{**SMALL, "epochs": 4, "eval_every": 1, "keep": "best", "train_split": "train800"})
+    scores, states, evaluate = iter([0.5, 0.9, 0.9, 0.1]), [], evaluation.evaluate
+
+    def scripted(model, batches, *args):
+        x, y = next(iter(batches))
+        if len(x) == 3:  # val200
+            states.append({name: p.detach().clone() for name, p in trained(model).items()})
+            return {"accuracy": next(scores)}
+        return evaluate(model, [(x, y)], *args)
+
+    monkeypatch.setattr(training, "evaluate", scripted)
+    with interrupted_at(7):  # in the last epoch
+        run(config, tmp_path, progress=False)
+    result = run(config, tmp_path, progress=False)
+    assert [entry["val_accuracy"] for entry in result.history] == [0.5, 0.9, 0.9, 0.1] and "accuracy" not in result.history[-1]
+    assert result.best_epoch == 2 and identical(adapter(result), states[2]) and not identical(states[2], states[3])
+    images, labels = load_split(task, "test", 24)
+    expected = evaluate(load_run(result), in_batches(images, labels, "half"))
+    assert result.metrics == expected and result.accuracy_last == result.accuracy_best == expected["accuracy"]
+    (pathlib.Path(result.folder) / "result.json").unlink()
+    assert_same_run(run(config, tmp_path, progress=False), result)
+
+
+def test_scalars_for_tensorboard(task, tmp_path, monkeypatch):
+    """The numbers of the history by epoch, also of a run that was interrupted; nothing where tensorboard isn't installed."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = Config(task=task, **{**SMALL, "epochs": 2, "eval_every": 0, "method": "tome"})
+    with interrupted_at(3):
+        run(config, tmp_path, progress=False)
+    result = run(config, tmp_path, progress=False)
+    events = event_accumulator.EventAccumulator(result.folder)
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set().union(*result.history) - {"epoch"} and not events.Tags()["images"]
+    for name in ("loss", "lr", "train_accuracy"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(e["epoch"], pytest.approx(e[name])) for e in result.history]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    without = run(config, tmp_path / "without", progress=False)
+    assert_same_run(without, result)
+    assert not list(pathlib.Path(without.folder).glob("events*"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""A model for others: the folder, its card, and the way to the hub and back, with a folder in the hub's place."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from helpers import ONE_STEP, adapter, files_in, identical, rows, trained
+from safetensors.torch import save_file
+
+import pyra
+from pyra_lab import Config, card, cli, load_run, predict, pull, push, run, write_release
+from pyra_lab.release import RELEASED
+
+pytestmark = pytest.mark.usefixtures("small_backbone")
+
+
+@pytest.fixture(scope="module")
+def result(small_backbone, task, tmp_path_factory):
+    """A run whose weights came from a file."""
+    file = tmp_path_factory.mktemp("weights") / "secret.safetensors"
+    save_file({name: p.detach() for name, p in pyra.create_model(ONE_STEP["backbone"], num_classes=0).named_parameters()}, file)
+    return run(Config(task=task, **{**ONE_STEP, "weights": str(file)}), tmp_path_factory.mktemp("runs"), progress=False)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """huggingface_hub with a folder in the hub's place; `asked` lists what it was asked for."""
+    asked = []
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            asked.append((name, private))
+            (tmp_path / "hub" / name).mkdir(parents=True)
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            for file in Path(folder_path).iterdir():
+                if file.name in allow_patterns:
+                    shutil.copy(file, tmp_path / "hub" / repo_id)
+
+    def download(name, file):
+        if not (tmp_path / "hub" / name / file).is_file():
+            raise ValueError(f"404: no {name}")
+        return str(tmp_path / "hub" / name / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_to_the_hub_and_back(result, hub, tmp_path, monkeypatch, capsys):
+    """By the commands; only what belongs to the model is uploaded, and by its name it predicts what the run predicts."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    folder, photos = tmp_path / "release", Path(result.config["task"].removeprefix("folder:")) / "test"
+    cli.main(["export", result.folder, str(folder), "--name", "me/colours"])
+    assert files_in(folder) == sorted(RELEASED) and capsys.readouterr().out.startswith("README.md, adapter.safetensors, model.int8.onnx, model.onnx")
+    (folder / "private.txt").touch()
+    cli.main(["push", str(folder), "me/colours"])
+    assert capsys.readouterr().out == "https://huggingface.co/me/colours\n" and hub == [("me/colours", True)]
+    assert files_in(tmp_path / "hub/me/colours") == sorted(RELEASED)
+
+    weights = result.config["weights"]
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "no runs"))
+    expected = predict(result, photos, device="cpu", progress=False)
+    assert predict("me/colours", photos, device="cpu", weights=weights, progress=False) == expected
+    assert predict(folder, photos, device="cpu", weights=weights, progress=False) == expected
+    assert [row.classes[0] for row in predict(folder / "model.onnx", photos, progress=False)] == [row.classes[0] for row in expected]
+    with pytest.raises(FileNotFoundError, match="the backbone's weights are not here, which were secret.safetensors where this model was trained: pass weights"):
+        predict("me/colours", photos, progress=False)
+    assert pull("me/colours").metrics == result.metrics
+    with pytest.raises(ValueError, match="'me/shapes' is no run or folder here, and the hub did not give it: 404: no me/shapes"):
+        predict("me/shapes", photos)
+
+
+def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp_path):
+    text = card(result, "me/colours", [{"images/s": 12.5, "size, MB": 3}], weights="timm/small")
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "pyra-vit" and front["pipeline_tag"] == "image-classification" and front["base_model"] == "timm/small"
+    measured = {metric["type"]: metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]}
+    assert measured == {name: round(result.metrics[name], 4) for name in ("accuracy", "balanced_accuracy")}
+    for part in ("blue, green, red", f"accuracy {result.accuracy_last:.1%}", "24 x 24", "12.5", "--weights=timm/small", "predict('me/colours'"):
+        assert part in body, part
+    write_release(result, tmp_path / "bare", formats=())
+    assert files_in(tmp_path / "bare") == ["README.md", "adapter.safetensors", "result.json"]
+    record = json.loads((tmp_path / "bare" / "result.json").read_text())
+    folder = task.removeprefix("folder:")
+    for text in (text, card(result), json.dumps(record)):
+        assert not re.search(f"{folder}|{Path(result.config['weights']).parent}|{result.folder}", text)
+    assert identical(trained(load_run(result)), adapter(result))
+
+
+@rows("call, message", [
+    (lambda result, folder: write_release(result, folder, ("int4",)), "formats must be some of float32, int8, not 'int4'"),
+    (lambda result, folder: push(folder, "colours"), "a name on the hub is user/name, not 'colours'"),
+    (lambda result, folder: push(folder, "me/colours"), "has no README.md, adapter.safetensors, result.json: write it with python -m pyra_lab export"),
+])
+def test_what_is_refused(call, message, result, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(result, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
