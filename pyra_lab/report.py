@@ -248,33 +248,41 @@ def learning_curves(results, names):
     plt.show()
 
 
+def fill_tokens(image, held, patch):
+    """An image (h, w, 3) whose patches have the mean colour of the token that holds them, held (y, x), with lines between tokens: (h', w', 3)."""
+    scale = max(1, 24 // patch)  # so that a line between tokens is thin
+    _, tokens = repeat(held, "y x -> (y p) (x q)", p=patch, q=patch).unique(return_inverse=True)
+    sums = torch.zeros(tokens.max() + 1, 3).index_add_(0, tokens.flatten(), image.flatten(0, 1))
+    filled = (sums / tokens.flatten().bincount()[:, None])[tokens]
+    filled, tokens = (repeat(t, "h w ... -> (h p) (w q) ...", p=scale, q=scale).clone() for t in (filled, tokens))
+    filled[1:][tokens[1:] != tokens[:-1]] = torch.tensor([0.9, 0.2, 0.2])
+    filled[:, 1:][tokens[:, 1:] != tokens[:, :-1]] = torch.tensor([0.9, 0.2, 0.2])
+    return filled.numpy()
+
+
 @pyra.on_model
 @torch.no_grad()
+def held_patches(model, images, norm, block):
+    """Which token holds each patch after so many blocks: images uint8 (b, 3, h, w) -> (b, y, x) int64."""
+    tokens = model.forward_tokens(normalize(images, norm).to(model.pos_embed), block)
+    return rearrange(tokens.source[:, model.specials :], "b (y x) -> b y x", y=model.grid[0]).cpu()
+
+
+@pyra.on_model
 def merged_tokens(model, images, norm, titles, blocks):
     """Which patches share a token: each is filled with the mean colour of its token, and a line separates tokens. Shows the figure.
 
     images: uint8 (b, 3, h, w); titles: one per image; blocks: after how many blocks, one column each.
     """
     import matplotlib.pyplot as plt
-    patch, side = model.patch_size, model.img_size // model.patch_size
-    scale = max(1, 24 // patch)  # so that a line between tokens is thin
-    x = normalize(images, norm).to(model.pos_embed)
     pixels = rearrange(images.float() / 255, "b c h w -> b h w c")
     figure, axes = plt.subplots(len(images), 1 + len(blocks), figsize=(1.6 * (1 + len(blocks)), 1.75 * len(images)), squeeze=False)
     for ax, image, text in zip(axes[:, 0], pixels, titles):
         ax.imshow(image.numpy())
         ax.set_ylabel(text)
     for column, block in zip(axes.T[1:], blocks):
-        source = model.forward_tokens(x, block).source[:, model.specials :]  # which token holds each patch
-        for ax, image, held in zip(column, pixels, rearrange(source, "b (h w) -> b h w", h=side).cpu()):
-            held = repeat(held, "h w -> (h p) (w q)", p=patch, q=patch)
-            _, tokens = held.unique(return_inverse=True)
-            sums = torch.zeros(tokens.max() + 1, 3).index_add_(0, tokens.flatten(), image.flatten(0, 1))
-            filled = (sums / tokens.flatten().bincount()[:, None])[tokens]
-            filled, tokens = (repeat(t, "h w ... -> (h p) (w q) ...", p=scale, q=scale).clone() for t in (filled, tokens))
-            filled[1:][tokens[1:] != tokens[:-1]] = torch.tensor([0.9, 0.2, 0.2])
-            filled[:, 1:][tokens[:, 1:] != tokens[:, :-1]] = torch.tensor([0.9, 0.2, 0.2])
-            ax.imshow(filled.numpy())
+        for ax, image, held in zip(column, pixels, held_patches(model, images, norm, block)):
+            ax.imshow(fill_tokens(image, held, model.patch_size))
             ax.set_title(f"{len(held.unique())} tokens")
     for ax, text in zip(axes[0], ["input", *(f"after block {block}" for block in blocks)]):
         ax.set_title(f"{text}\n{ax.get_title()}".strip())
