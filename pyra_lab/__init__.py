@@ -4,6 +4,7 @@ from pyra_lab.config import Config
 from pyra_lab.deploy import export_onnx, pack, quantize_onnx
 from pyra_lab.grid import run_grid
 from pyra_lab.methods import METHODS, PEFTS, Method, Peft, build_model, fold
+from pyra_lab.peft_format import load_peft, save_peft
 from pyra_lab.prediction import predict
 from pyra_lab.records import Result, recorded, results
 from pyra_lab.release import card, pull, push, write_release
@@ -12,5 +13,6 @@ from pyra_lab.training import load_run, run
 
 __all__ = [
     "Config", "METHODS", "Method", "PEFTS", "Peft", "Result", "benchmark", "build_model", "card", "export_onnx", "fit_schedule", "fold",
-    "load_run", "pack", "predict", "pull", "push", "quantize_onnx", "recorded", "results", "run", "run_grid", "write_release",
+    "load_peft", "load_run", "pack", "predict", "pull", "push", "quantize_onnx", "recorded", "results", "run", "run_grid", "save_peft",
+    "write_release",
 ]
