@@ -49,6 +49,20 @@ def tiny(seed=0, **kwargs):
     return randomise(pyra.VisionTransformer(**{**TINY, **kwargs}), seed).eval()
 
 
+VARIANTS = dict(  # what today's families differ in
+    dinov2=dict(reg_tokens=4), dinov3=dict(reg_tokens=4, rope=True, eps=1e-5, act="swiglu"), clip=dict(pre_norm=True, eps=1e-5, act="quick_gelu"),
+    siglip=dict(class_token=False, global_pool="map", act="gelu_tanh"), gap=dict(class_token=False, global_pool="avg", fc_norm=False),
+    deit=dict(distilled=True), dinov3_avg=dict(reg_tokens=4, rope=True, eps=1e-5, global_pool="avg", fc_norm=False),
+)
+
+
+def variant(family, method="plain", lora=False, r=R, seed=0, **kwargs):
+    """A small model of a family in eval mode, every parameter random."""
+    model = pyra.VisionTransformer(**{**TINY, **VARIANTS[family], **kwargs})
+    model = pyra.add_lora(model, rank=2) if lora else model
+    return randomise({"plain": lambda model, r: model, "tome": pyra.add_tome, "pyra": pyra.add_pyra}[method](model, r), seed).eval()
+
+
 def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
     """A small ViT with LoRA and a reducer, in eval mode, every parameter random."""
     model = pyra.VisionTransformer(**{**TINY, **kwargs})

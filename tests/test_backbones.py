@@ -9,24 +9,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import ONE_STEP, R, TINY, batch, identical, numbers, randomise, rows, snapshot, tiny, trained
+from helpers import ONE_STEP, R, TINY, VARIANTS, batch, numbers, randomise, rows, trained, variant
 
 import pyra
-from pyra_lab import Config, backbones, budget, deploy, images, load_run, pruning, run
+from pyra_lab import Config, backbones, budget, load_run, pruning, run
 from pyra_lab.methods import METHODS, PEFTS
-
-VARIANTS = dict(  # what the families differ in, three blocks of 24 channels with 36 patches each
-    dinov2=dict(reg_tokens=4), dinov3=dict(reg_tokens=4, rope=True, eps=1e-5, act="swiglu"), clip=dict(pre_norm=True, eps=1e-5, act="quick_gelu"),
-    siglip=dict(class_token=False, global_pool="map", act="gelu_tanh"), gap=dict(class_token=False, global_pool="avg", fc_norm=False),
-    deit=dict(distilled=True), dinov3_avg=dict(reg_tokens=4, rope=True, eps=1e-5, global_pool="avg", fc_norm=False),
-)
-ADDS = dict(plain=lambda model, r: model, tome=pyra.add_tome, pyra=pyra.add_pyra)
-
-
-def variant(name, method="plain", lora=False, r=R, **kwargs):
-    """A small model of a family in eval mode, every parameter random."""
-    model = tiny(**{**VARIANTS[name], **kwargs})
-    return randomise(ADDS[method](pyra.add_lora(model, rank=2) if lora else model, r)).eval()
 
 
 def miss(found, expected):
@@ -118,16 +105,16 @@ def patch_activation(model):
     (lambda timm: plain(timm, qk_norm=True), "it looks like a ViT with norms or rotations inside its blocks"),
     (lambda timm: timm.create_model("vit_small_patch16_rope_mixed_224", depth=1), "it looks like a ViT with norms or rotations inside its blocks"),
     (lambda timm: plain(timm, global_pool="max"), "global_pool must be 'token', 'avg' or 'map', not 'max'"),
-    (lambda timm: plain(timm, act_layer=nn.ReLU), "ReLU"),
+    (lambda timm: plain(timm, act_layer=nn.ReLU), "VisionTransformer can't be converted"),
     (lambda timm: timm.create_model("vit_so400m_patch14_siglip_384", depth=1), r"img_size \(384, 384\) is not a multiple of patch_size 14"),
-    (lambda timm: plain(timm, patch_activation), "its forward pass differs from a plain ViT's"),
+    (lambda timm: plain(timm, patch_activation), "its forward pass differs"),
     (lambda timm: plain(timm, pool_include_prefix=True, global_pool="avg"), "its forward pass differs"),
     (lambda timm: plain(timm, lambda model: model.blocks[0].register_forward_hook(lambda block, given, x: 2 * x)), "its forward pass differs"),
     # As timm initialises them, with weights so small that logits hardly tell
     (lambda timm: timm.create_model("vit_small_patch16_rope_224", depth=1), "can't be converted"),
     (lambda timm: timm.create_model("eva02_tiny_patch14_224", depth=1), "can't be converted"),
     (lambda timm: timm.create_model("vit_base_patch16_rpn_224", depth=1), "can't be converted"),
-    (lambda timm: "vit_base_patch16_dinov3", "from_timm|str"), (lambda timm: nn.Linear(2, 2), "Linear can't be converted: it isn't a plain ViT"),
+    (lambda timm: "vit_base_patch16_dinov3", "from_timm|str"), (lambda timm: nn.Linear(2, 2), "Linear can't be converted: it is no plain ViT"),
 ])
 def test_from_timm_refuses_all_else_with_the_reason(timm, build, reason):
     """Nothing odd in silence."""
@@ -152,8 +139,8 @@ def test_names_say_what_timms_do(timm):
         with torch.device("meta"):
             theirs, ours = (library.create_model(name, depth=1, num_classes=7) for library in (timm, pyra))
         block, act = theirs.blocks[0], dict(GELU="gelu", GELUTanh="gelu_tanh", QuickGELU="quick_gelu", SiLU="swiglu")[type(theirs.blocks[0].mlp.act).__name__]
-        assert ours.blocks[0].mlp.act is pyra.ACTS[act], name
-        assert (ours.blocks[0].norm1.eps, ours.global_pool, ours.blocks[0].attn.num_heads) == (block.norm1.eps, theirs.global_pool, block.attn.num_heads), name
+        own = ours.blocks[0]
+        assert (own.mlp.act, own.norm1.eps, own.attn.num_heads, ours.global_pool) == (act, block.norm1.eps, block.attn.num_heads, theirs.global_pool), name
         assert tuple(side * ours.patch_size for side in ours.grid) == theirs.patch_embed.img_size and ours.specials == theirs.num_prefix_tokens, name
         shapes = {key: p.shape for key, p in theirs.state_dict().items()}
         for key, p in ours.state_dict().items():  # but what is rewritten at load
@@ -162,101 +149,6 @@ def test_names_say_what_timms_do(timm):
     for name in ("vit_base_r50_s16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224", "eva02_base_patch14_224", "vit_base"):
         with pytest.raises(ValueError, match=f"no model is called '{name}': timm's names of plain ViTs are known"):
             pyra.create_model(name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights by other names, and position embeddings
-
-
-def test_a_position_embedding_is_resized_as_timm_does(timm):
-    """DINOv2's 37 x 37 to 14 x 14 and to a grid that isn't square; special tokens without a place get zeros, those with one keep it."""
-    grid, cls = numbers(1, 37 * 37, 24), numbers(1, 1, 24, seed=1)
-    for kwargs, given, kept in [
-        (dict(), torch.cat([cls, grid], 1), 1), (dict(), grid, 0), (dict(reg_tokens=4), torch.cat([cls, grid], 1), 1), (dict(reg_tokens=4), grid, 0),
-        (dict(class_token=False, global_pool="map"), grid, 0), (dict(distilled=True), torch.cat([cls, cls, grid], 1), 2),
-    ]:
-        for size in (56, (40, 56), 148):
-            model = pyra.VisionTransformer(**{**TINY, "img_size": size, "depth": 1, **kwargs})
-            found = pyra.resize_pos_embed(model, given)
-            expected = timm.layers.resample_abs_pos_embed(given, model.grid, num_prefix_tokens=kept)
-            assert torch.equal(found[:, :kept], given[:, :kept]) and not found[:, kept:model.specials].any()
-            torch.testing.assert_close(found[:, model.specials:], expected[:, kept:])
-            assert torch.equal(pyra.resize_pos_embed(model, found), found)
-
-
-def with_scales(weights, seed=0):
-    """Weights before LayerScale is folded in, by timm's names, {name: tensor}."""
-    generator, weights = torch.Generator().manual_seed(seed), dict(weights)
-    for i in range(3):
-        for scale, part in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-            gamma = torch.rand(24, generator=generator) + 0.1
-            weights[f"blocks.{i}.{scale}.gamma"] = gamma
-            weights[f"blocks.{i}.{part}.weight"] = weights[f"blocks.{i}.{part}.weight"] / gamma[:, None]
-            weights[f"blocks.{i}.{part}.bias"] = weights[f"blocks.{i}.{part}.bias"] / gamma
-    return weights
-
-
-def renamed(weights, *pairs):
-    for old, new in pairs:
-        weights = {re.sub(old, new, name): value for name, value in weights.items()}
-    return weights
-
-
-def to_hugging_face(weights):
-    """DINOv2's names there, in files."""
-    split = {}
-    for name, value in weights.items():
-        parts = zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in name else [(None, value)]
-        split |= {name.replace("attn.qkv", f"attention.attention.{part}"): third for part, third in parts}
-    return renamed(split | {"embeddings.mask_token": torch.ones(1, 24)}, (r"^blocks\.", "encoder.layer."), (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
-                   (r"attn\.proj", "attention.output.dense"), (r"^norm\.", "layernorm."), (r"^cls_token$", "embeddings.cls_token"),
-                   (r"^reg_token$", "embeddings.register_tokens"), (r"^pos_embed$", "embeddings.position_embeddings"),
-                   (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."), (r"^head\.", "classifier."))
-
-
-def without_registers_place(weights):
-    """DINOv2's own files: the class token has a row of the position embedding, registers have none."""
-    return weights | {"pos_embed": torch.cat([weights["pos_embed"][:, :1], weights["pos_embed"][:, 5:]], dim=1)}
-
-
-@rows("family, change", [
-    ("dinov2", lambda w: renamed(with_scales(without_registers_place(w)), ("^reg_token$", "register_tokens")) | {"mask_token": torch.ones(1, 24)}),
-    ("dinov2", lambda w: renamed(with_scales(w), (r"ls([12])\.gamma", r"gamma_\1"))), ("dinov2", lambda w: to_hugging_face(with_scales(without_registers_place(w)))),
-    ("dinov3", lambda w: renamed({k: v for k, v in w.items() if k != "pos_embed"}, ("^reg_token$", "storage_tokens"))),
-    ("dinov3", lambda w: {k.replace("fc1", half): part for k, v in w.items() for half, part in
-                          (zip(("fc1_g", "fc1_x"), v.chunk(2)) if ".fc1." in k else [("fc1", v)])}),
-    *[(family, lambda w: {f"model.{k}": v for k, v in w.items()}) for family in VARIANTS],
-])
-def test_weights_by_their_publishers_names(family, change):
-    """And behind a wrapper's prefix, in models without a class token too."""
-    model = variant(family, seed=1)
-    with torch.no_grad():
-        model.pos_embed[:, :model.specials][:, 1:] = 0  # the places that registers don't have
-        model.pos_embed.mul_(not model.variant.get("rope"))
-    weights = change(model.state_dict())
-    loaded = pyra.load_pretrained(variant(family), weights)
-    for name, p in loaded.named_parameters():
-        torch.testing.assert_close(p, model.get_parameter(name), rtol=1e-5, atol=1e-6)
-    assert loaded.layer_scale == any(re.search("gamma|lambda1", name) for name in weights)
-    assert not pyra.load_pretrained(loaded, model.state_dict()).layer_scale
-
-
-@rows("family, change, message", [
-    ("dinov2", {"blocks.0.ls1.gamma": torch.ones(12)}, r"ls1\.gamma"), ("dinov2", {"blocks.7.ls2.gamma": torch.ones(24)}, r"ls2\.gamma"),
-    ("dinov2", {"blocks.0.attn.qkv.bias": None, "blocks.0.attn.q_bias": torch.ones(24)}, "q_bias|lacks blocks.0.attn.qkv.bias"),
-    ("dinov3", {"blocks.0.mlp.fc1.weight": None, "blocks.0.mlp.fc1_g.weight": torch.ones(48, 24)}, "fc1_g|lacks blocks.0.mlp.fc1.weight"),
-    ("dinov2", {"blocks.1.attn.qkv.bias": None}, "lacks blocks.1.attn.qkv.bias"), ("dinov2", {"patch_embed.proj.bias": None}, "lacks patch_embed.proj.bias"),
-    ("dinov2", {"pos_embed": None}, "lacks pos_embed"), ("siglip", {"attn_pool.latent": None}, "lacks attn_pool.latent"),
-    ("clip", {"norm_pre.weight": None}, "lacks norm_pre.weight"),
-    ("dinov2", {**{f"blocks.{i}.ls1.gamma": torch.ones(24) for i in range(3)}, "norm.bias": None}, "lacks norm.bias"),
-])
-def test_half_of_an_extra_is_refused(family, change, message):
-    """What can't be folded doesn't vanish, and the model stays as it was."""
-    model = variant(family)
-    weights, before = variant(family, seed=1).state_dict() | change, snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        pyra.load_pretrained(model, {k: v for k, v in weights.items() if v is not None})
-    assert identical(model.state_dict(), before) and not model.layer_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,23 +217,12 @@ def test_attention_pool_counts_a_token_as_often_as_its_size():
     copies = x[:, [0, 1, 1, 1, 3, 3, 4]]
     assert miss(pool(x, size), pool(copies, None)) < 1e-5 and miss(pool(x, None), pool(x, size)) > 1e-2
     q, (k, v) = F.linear(pool.latent[0, 0], pool.q.weight, pool.q.bias), F.linear(copies, pool.kv.weight, pool.kv.bias).chunk(2, dim=-1)
-    heads = [((q[part] * k[..., part]).sum(-1) / math.sqrt(8)).softmax(-1)[..., None].mul(v[..., part]).sum(1) for part in map(lambda i: slice(i, i + 8), (0, 8, 16))]
+    heads = []
+    for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        weight = ((q[part] * k[..., part]).sum(-1) / math.sqrt(8)).softmax(-1)  # (b, n)
+        heads.append((weight[..., None] * v[..., part]).sum(1))
     pooled = pool.proj(torch.cat(heads, dim=-1))
     assert miss(pool(x, size), pooled + pool.mlp.fc2(F.gelu(pool.mlp.fc1(pool.norm(pooled)), approximate="tanh"))) < 1e-5
-
-
-@rows("family, method, kwargs", [("dinov3", "tome", dict(img_size=(16, 24))), ("siglip", "pyra", dict(img_size=16))])
-@torch.no_grad()
-def test_onnx_equals_pytorch(family, method, kwargs, tmp_path):
-    """LoRA folded in; not square too."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
-    import onnxruntime
-    model = variant(family, method, lora=True, depth=2, r=[5, 3], **kwargs)
-    deploy.export_onnx(model, tmp_path / "model.onnx", *images.NORMS["half"])
-    x = torch.randint(256, (3, 3, *(4 * side for side in model.grid)), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    logits, = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"]).run(None, {"images": x.numpy()})
-    assert miss(torch.from_numpy(logits), model(images.normalize(x, "half"))) < 1e-4
 
 
 @rows("family, kwargs", [("dinov3", dict(depth=2, r=[6, 4])), ("siglip", dict(depth=1, r=[6]))])
@@ -365,76 +246,6 @@ def test_training_in_bf16_and_in_one_graph(family, kwargs):
             assert tokens.size.dtype == torch.float32 and (tokens.size.sum((1, 2)) == 36 + model.specials).all() and model(batch()).isfinite().all()
         plain = variant(family)
         assert miss(copy.deepcopy(plain).bfloat16()(batch().bfloat16()).float(), plain(batch())) < 0.05
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters and LoRA
-
-
-LORA = dict(rank=3, dropout=0.0)
-
-
-def adapted(family="clip", targets=("qkv",), alpha=None, merging="pyra", **kwargs):
-    """With LoRA and a reducer, all that is trained random."""
-    model = ADDS[merging](pyra.add_lora(variant(family, **kwargs), **LORA, targets=targets, alpha=alpha), [6, 4, 2])
-    return randomise(model, seed=4).eval()
-
-
-@rows("settings, other, message", [
-    (dict(), dict(act="gelu"), r'its variant is .*"act": "quick_gelu".*, the model\'s'), (dict(family="dinov3"), dict(family="dinov3", rope=False), "variant"),
-    (dict(family="siglip"), dict(family="gap"), "its global_pool is \"map\", the model's \"avg\""), (dict(), dict(eps=1e-6), "variant"),
-    (dict(family="dinov2"), dict(family="dinov2", reg_tokens=3), "variant"), (dict(img_size=(16, 24)), dict(img_size=(24, 16)), r"its img_size is \[16, 24\]"),
-    (dict(targets=("qkv", "fc2")), dict(), r'its lora is \[\["qkv", "fc2"\], 1.0\], the model\'s null'),
-    (dict(targets=("fc1",)), dict(targets=("fc2",)), "its lora is"), (dict(alpha=6), dict(alpha=12), r'its lora is \[\["qkv"\], 2.0\], the model\'s \[\["qkv"\], 4.0\]'),
-    (dict(alpha=3), dict(merging="tome"), "its reducers is"), (dict(family="dinov3_avg"), dict(family="dinov3_avg", act="gelu_tanh"), "variant"),
-])
-def test_an_adapter_fits_its_variant_and_no_other(settings, other, message, tmp_path):
-    """Even of the same shapes, by the model's own forward pass and LoRA's."""
-    model, path = adapted(**settings), tmp_path / "a.safetensors"
-    pyra.save_adapter(model, path)
-    fresh, x = adapted(**settings), numbers(2, 3, *(4 * side for side in model.grid))
-    with torch.no_grad():
-        for p in trained(fresh).values():
-            p.zero_()
-    assert torch.equal(pyra.load_adapter(fresh, path)(x), model(x))
-    model, before = adapted(**other), snapshot(adapted(**other))
-    with pytest.raises(ValueError, match=message):
-        pyra.load_adapter(model, path)
-    assert identical(model.state_dict(), before)
-
-
-@rows("targets, alpha", [(("qkv",), None), (("qkv", "proj", "fc1", "fc2"), 6), (["fc2"], 0.5), (("proj", "fc1"), 3)])
-@torch.no_grad()
-def test_lora_on_any_map_is_the_formula(targets, alpha):
-    """y = W x + b + alpha / rank B A x, alpha = rank by default; at first nothing changes, and folded in it gives the same logits."""
-    for family in ("clip", "dinov3"):
-        model = variant(family)
-        linears = {name: copy.deepcopy(linear) for name, linear in model.named_modules() if name.split(".")[-1] in targets and "blocks." in name}
-        before = model(batch())
-        pyra.add_lora(model, **LORA, targets=targets, alpha=alpha)
-        assert torch.equal(model(batch()), before) and len(linears) == 3 * len(targets)
-        assert {name for name in trained(model) if not name.startswith("head.")} == {f"{name}.lora_{part}" for name in linears for part in "ab"}
-        randomise(model)
-        for name, linear in linears.items():
-            lora, x = model.get_submodule(name), numbers(4, linear.in_features)
-            weight = lora.weight + (alpha or 3) / 3 * lora.lora_b @ lora.lora_a
-            assert miss(lora(x), x @ weight.T + lora.bias) < 1e-5
-        logits, macs = model(batch()), pyra.count_macs(model)
-        assert miss(logits, before) > 1e-2 and model.folded is None
-        assert miss(pyra.merge_lora(model)(batch()), logits) < 1e-5 and model.state_dict().keys() == variant(family).state_dict().keys()
-        assert pyra.count_macs(model) == macs and model.folded == "LoRA"
-
-
-@rows("settings, message", [
-    (dict(targets=("qvk",)), r"targets must be different names out of qkv, proj, fc1, fc2, not \('qvk',\)"), (dict(targets=()), "targets must be"),
-    (dict(targets=("qkv", "qkv")), "targets must be different names"), (dict(targets="qkv"), "targets must be different names out of .* not 'qkv'"),
-    (dict(alpha=0), "alpha must be a finite number greater than 0, not 0"), (dict(alpha=math.inf), "alpha must be"), (dict(alpha=math.nan), "alpha must be"),
-])
-def test_lora_settings_refused(settings, message):
-    model, before = variant("clip"), snapshot(variant("clip"))
-    with pytest.raises(ValueError, match=message):
-        pyra.add_lora(model, **LORA, **settings)
-    assert identical(model.state_dict(), before) and all(p.requires_grad for p in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,7 +274,7 @@ def test_every_method_and_peft_runs(family, small_backbones, task, tmp_path):
         model = load_run(result)
         assert 0 <= result.metrics["accuracy"] <= 1 and result.token_counts[0] == model.num_patches + model.specials, (method, peft)
         assert model.num_patches == (16 if more else 36) and model.specials == (5 if family == "dinov3" else 0)
-        assert method == "plain" or result.macs == pytest.approx(budget.target_macs(c, model), rel=0.1), (method, peft)
+        assert method == "plain" or peft != "lora" or result.macs == pytest.approx(budget.target_macs(c, backbones.create_backbone(c, 3)), rel=0.1), (method, peft)
 
 
 def test_pruning_refuses_swiglu():

@@ -5,13 +5,14 @@ import collections
 import os
 import pathlib
 import pickle
+import re
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import R, SHARED, adapted, batch, identical, randomise, rows, snapshot, tiny, trained
+from helpers import R, SHARED, VARIANTS, adapted, batch, identical, numbers, randomise, rows, snapshot, tiny, trained, variant
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -210,20 +211,22 @@ def test_load_pretrained_distilled(tmp_path, classes):
         pyra.load_pretrained(tiny(distilled=True), tmp_path / "vit.pth")
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("grid", [4, 9])
-def test_load_pretrained_resizes_the_position_embedding(tmp_path, grid, distilled):
-    """To another image size, smaller or larger, as timm does; the special tokens' rows stay."""
+@rows("kwargs, kept, given", [
+    *[(kwargs, kept, grid) for grid in (4, 9, 37) for kwargs, kept in (
+        (dict(), 1), (dict(distilled=True), 2), (dict(reg_tokens=4), 5), (dict(reg_tokens=4), 1), (dict(reg_tokens=4), 0), (dict(), 0),
+        (dict(class_token=False, global_pool="avg"), 0))],
+])
+def test_load_pretrained_resizes_the_position_embedding(kwargs, kept, given):
+    """To another image size, smaller or larger, not square too, as timm does; the special tokens' rows stay, and where they have none they get zeros."""
     timm_layers = pytest.importorskip("timm.layers", reason="timm, the oracle, isn't installed")
-    weights = tiny(seed=1, distilled=distilled).state_dict()
-    torch.save(weights, tmp_path / "weights.pth")
-    model = pyra.load_pretrained(tiny(img_size=4 * grid, distilled=distilled), tmp_path / "weights.pth")
-    specials = 2 if distilled else 1
-    expected = timm_layers.resample_abs_pos_embed(weights["pos_embed"], [grid, grid], num_prefix_tokens=specials)
-    assert model.pos_embed.shape == (1, grid**2 + specials, 24)
-    torch.testing.assert_close(model.pos_embed.detach(), expected)
-    assert torch.equal(model.pos_embed[:, :specials], weights["pos_embed"][:, :specials])
-    assert torch.equal(model.blocks[2].mlp.fc2.weight, weights["blocks.2.mlp.fc2.weight"])
+    for size in (24, 4 * 14, (16, 40)):
+        model = tiny(img_size=size, **kwargs)
+        weights = tiny(seed=1, **kwargs).state_dict() | {"pos_embed": torch.randn(1, kept + given**2, 24)}
+        pyra.load_pretrained(model, weights)
+        expected = timm_layers.resample_abs_pos_embed(weights["pos_embed"], model.grid, num_prefix_tokens=kept)
+        assert torch.equal(model.pos_embed[:, :kept], weights["pos_embed"][:, :kept]) and not model.pos_embed[:, kept:model.specials].any()
+        torch.testing.assert_close(model.pos_embed[:, model.specials:].detach(), expected[:, kept:])
+        assert torch.equal(model.blocks[2].mlp.fc2.weight, weights["blocks.2.mlp.fc2.weight"])
 
 
 def test_load_pretrained_into_an_adapted_model(tmp_path):
@@ -426,6 +429,85 @@ def test_load_pretrained_real_weights():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pre-trained weights of today's families
+
+
+def with_scales(weights, seed=0):
+    """Weights before LayerScale is folded in, by timm's names, {name: tensor}."""
+    generator, weights = torch.Generator().manual_seed(seed), dict(weights)
+    for i in range(3):
+        for scale, part in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = torch.rand(24, generator=generator) + 0.1
+            weights[f"blocks.{i}.{scale}.gamma"] = gamma
+            weights[f"blocks.{i}.{part}.weight"] = weights[f"blocks.{i}.{part}.weight"] / gamma[:, None]
+            weights[f"blocks.{i}.{part}.bias"] = weights[f"blocks.{i}.{part}.bias"] / gamma
+    return weights
+
+
+def renamed(weights, *pairs):
+    for old, new in pairs:
+        weights = {re.sub(old, new, name): value for name, value in weights.items()}
+    return weights
+
+
+def to_hugging_face_dinov2(weights):
+    split = {}
+    for name, value in weights.items():
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in name else [(None, value)]
+        split |= {name.replace("attn.qkv", f"attention.attention.{part}"): third for part, third in parts}
+    return renamed(split | {"embeddings.mask_token": torch.ones(1, 24)}, (r"^blocks\.", "encoder.layer."), (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
+                   (r"attn\.proj", "attention.output.dense"), (r"^norm\.", "layernorm."), (r"^cls_token$", "embeddings.cls_token"),
+                   (r"^reg_token$", "embeddings.register_tokens"), (r"^pos_embed$", "embeddings.position_embeddings"),
+                   (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."), (r"^head\.", "classifier."))
+
+
+def without_registers_place(weights):
+    """DINOv2's own files: the class token has a row of the position embedding, registers have none."""
+    return weights | {"pos_embed": torch.cat([weights["pos_embed"][:, :1], weights["pos_embed"][:, 5:]], dim=1)}
+
+
+@rows("family, change", [
+    ("dinov2", lambda w: renamed(with_scales(without_registers_place(w)), ("^reg_token$", "register_tokens")) | {"mask_token": torch.ones(1, 24)}),
+    ("dinov2", lambda w: renamed(with_scales(w), (r"ls([12])\.gamma", r"gamma_\1"))),
+    ("dinov2", lambda w: to_hugging_face_dinov2(with_scales(without_registers_place(w)))),
+    ("dinov3", lambda w: renamed({k: v for k, v in w.items() if k != "pos_embed"}, ("^reg_token$", "storage_tokens"))),
+    ("dinov3", lambda w: {k.replace("fc1", half): part for k, v in w.items() for half, part in
+                          (zip(("fc1_g", "fc1_x"), v.chunk(2)) if ".fc1." in k else [("fc1", v)])}),
+    *[(family, lambda w: {f"model.{k}": v for k, v in w.items()}) for family in VARIANTS],
+])
+def test_weights_by_their_publishers_names(family, change):
+    """And behind a wrapper's prefix, in models without a class token too."""
+    model = variant(family, seed=1)
+    with torch.no_grad():
+        model.pos_embed[:, :model.specials][:, 1:] = 0  # the places that registers don't have
+        model.pos_embed.mul_(not model.variant.get("rope"))
+    weights = change(model.state_dict())
+    loaded = pyra.load_pretrained(variant(family), weights)
+    for name, p in loaded.named_parameters():
+        torch.testing.assert_close(p, model.get_parameter(name), rtol=1e-5, atol=1e-6)
+    assert loaded.layer_scale == any(re.search("gamma|lambda1", name) for name in weights)
+    assert not pyra.load_pretrained(loaded, model.state_dict()).layer_scale
+
+
+@rows("family, change, message", [
+    ("dinov2", {"blocks.0.ls1.gamma": torch.ones(12)}, r"ls1\.gamma"), ("dinov2", {"blocks.7.ls2.gamma": torch.ones(24)}, r"ls2\.gamma"),
+    ("dinov2", {"blocks.0.attn.qkv.bias": None, "blocks.0.attn.q_bias": torch.ones(24)}, "q_bias|lacks blocks.0.attn.qkv.bias"),
+    ("dinov3", {"blocks.0.mlp.fc1.weight": None, "blocks.0.mlp.fc1_g.weight": torch.ones(48, 24)}, "fc1_g|lacks blocks.0.mlp.fc1.weight"),
+    ("dinov2", {"blocks.1.attn.qkv.bias": None}, "lacks blocks.1.attn.qkv.bias"), ("dinov2", {"patch_embed.proj.bias": None}, "lacks patch_embed.proj.bias"),
+    ("dinov2", {"pos_embed": None}, "lacks pos_embed"), ("siglip", {"attn_pool.latent": None}, "lacks attn_pool.latent"),
+    ("clip", {"norm_pre.weight": None}, "lacks norm_pre.weight"),
+    ("dinov2", {**{f"blocks.{i}.ls1.gamma": torch.ones(24) for i in range(3)}, "norm.bias": None}, "lacks norm.bias"),
+])
+def test_half_of_an_extra_is_refused(family, change, message):
+    """What can't be folded doesn't vanish, and the model stays as it was."""
+    model = variant(family)
+    weights, before = variant(family, seed=1).state_dict() | change, snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        pyra.load_pretrained(model, {k: v for k, v in weights.items() if v is not None})
+    assert identical(model.state_dict(), before) and not model.layer_scale
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Adapters
 
 
@@ -509,6 +591,35 @@ def test_adapter_refused(tmp_path, other, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         pyra.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert identical(model.state_dict(), before)
+
+
+def adapted_variant(family="clip", targets=("qkv",), alpha=None, add=pyra.add_pyra, **kwargs):
+    """One of today's families with LoRA and a reducer, all random."""
+    return randomise(add(pyra.add_lora(variant(family, **kwargs), rank=3, targets=targets, alpha=alpha), [6, 4, 2]), seed=4).eval()
+
+
+@rows("settings, other, message", [
+    (dict(), dict(act="gelu"), r'its variant is .*"act": "quick_gelu".*, the model\'s'), (dict(family="dinov3"), dict(family="dinov3", rope=False), "variant"),
+    (dict(family="siglip"), dict(family="gap"), "its global_pool is \"map\", the model's \"avg\""), (dict(), dict(eps=1e-6), "variant"),
+    (dict(family="dinov2"), dict(family="dinov2", reg_tokens=3), "variant"), (dict(img_size=(16, 24)), dict(img_size=(24, 16)), r"its img_size is \[16, 24\]"),
+    (dict(targets=("qkv", "fc2")), dict(), r'its lora is \[\["qkv", "fc2"\], 1.0\], the model\'s null'),
+    (dict(targets=("fc1",)), dict(targets=("fc2",)), "its lora is"),
+    (dict(alpha=6), dict(alpha=12), r'its lora is \[\["qkv"\], 2.0\], the model\'s \[\["qkv"\], 4.0\]'),
+    (dict(alpha=3), dict(add=pyra.add_tome), "its reducers is"), (dict(family="dinov3_avg"), dict(family="dinov3_avg", act="gelu_tanh"), "variant"),
+])
+def test_an_adapter_fits_its_variant_and_no_other(settings, other, message, tmp_path):
+    """Even of the same shapes, by the model's own forward pass and LoRA's."""
+    model, path = adapted_variant(**settings), tmp_path / "a.safetensors"
+    pyra.save_adapter(model, path)
+    fresh, x = adapted_variant(**settings), numbers(2, 3, *(4 * side for side in model.grid))
+    with torch.no_grad():
+        for p in trained(fresh).values():
+            p.zero_()
+    assert torch.equal(pyra.load_adapter(fresh, path)(x), model(x))
+    model, before = adapted_variant(**other), snapshot(adapted_variant(**other))
+    with pytest.raises(ValueError, match=message):
+        pyra.load_adapter(model, path)
     assert identical(model.state_dict(), before)
 
 

@@ -49,6 +49,11 @@ REFUSED = [  # fields, what the sentence says
     (dict(keep="best"), "keep best selects on val200, and train_split train800val200 trains on it: take train800"),
     (dict(keep="best", task="stream:/images"), "keep best selects on val200, and stream:/images has no images besides those to train and to test on"),
     (dict(keep="best", train_split="train800", method="ltmp"), "keep best can't choose an epoch of method ltmp, which meets its budget after the last one"),
+    (dict(img_size=225, backbone="vit_base_patch16_224"), "img_size must be a multiple of 16, the patches of vit_base_patch16_224, not 225"),
+    (dict(img_size=224, backbone="vit_so400m_patch14_siglip_224", lora_targets="qvk"), "lora_targets must be different names out of qkv, proj, fc1, fc2"),
+    (dict(img_size=200, backbone="vit_small_patch14_dinov2"), "img_size must be a multiple of 14"), (dict(img_size=0), "img_size must be at least 1, not 0"),
+    (dict(lora_targets="qkv, fc1"), "separated by commas, not 'qkv, fc1'"), (dict(lora_targets="qkv,qkv"), "lora_targets must be different names"),
+    (dict(lora_targets=""), "lora_targets must be"), (dict(lora_alpha=0), "lora_alpha must be a finite number greater than 0, not 0.0"),
 ]
 
 
@@ -205,6 +210,9 @@ def test_an_id_depends_on_all_that_matters_and_on_nothing_else(monkeypatch):
     assert dataclasses.replace(base, method="tome", s=2, modulation_lr=1.0).id() == dataclasses.replace(base, method="tome").id()
     assert Config(rate=2, device="cpu").id() == Config(rate=2.0, device="cpu").id()
     assert Config(task="cifar").id() == Config(task="cifar100").id()
+    for name in ("vit_nano_patch4_56", "vit_base_patch16_224.mae", "vit_small_patch14_dinov2", "vit_base_patch16_dinov3"):  # its own size, when it is given
+        size = backbones.default_img_size(name)
+        assert Config(backbone=name, img_size=size).id() == Config(backbone=name).id() != Config(backbone=name, img_size=size + 112).id()
     assert len({dataclasses.replace(base, device=device).id() for device in ("cuda", "cuda:0", "cuda:1")}) == 1  # the same run on the next GPU
     assert re.fullmatch(r"[\w.-]+", dataclasses.replace(base, task="folder:/a b/ä/../c").id())
     with pytest.raises(dataclasses.FrozenInstanceError):
