@@ -101,9 +101,9 @@ def patch_activation(model):
     (lambda timm: timm.create_model("swin_tiny_patch4_window7_224"), "it looks like BEiT or Swin, with relative positions"),
     (lambda timm: timm.create_model("vit_tiny_r_s16_p8_224", depth=1), "it looks like a convolutional network|patch_embed.proj.weight"),
     (lambda timm: timm.create_model("resnet18"), "ResNet can't be converted: it looks like a convolutional network"),
-    (lambda timm: timm.create_model("eva02_base_patch14_224", depth=1), "Eva can't be converted: it looks like a ViT with norms or rotations inside"),
-    (lambda timm: plain(timm, qk_norm=True), "it looks like a ViT with norms or rotations inside its blocks"),
-    (lambda timm: timm.create_model("vit_small_patch16_rope_mixed_224", depth=1), "it looks like a ViT with norms or rotations inside its blocks"),
+    (lambda timm: timm.create_model("eva02_base_patch14_224", depth=1), "Eva can't be converted: it looks like a ViT with norms or rotations"),
+    (lambda timm: plain(timm, qk_norm=True), "it looks like a ViT with norms or rotations"),
+    (lambda timm: timm.create_model("vit_small_patch16_rope_mixed_224", depth=1), "it looks like a ViT with norms or rotations"),
     (lambda timm: plain(timm, global_pool="max"), "global_pool must be 'token', 'avg' or 'map', not 'max'"),
     (lambda timm: plain(timm, act_layer=nn.ReLU), "VisionTransformer can't be converted"),
     (lambda timm: timm.create_model("vit_so400m_patch14_siglip_384", depth=1), r"img_size \(384, 384\) is not a multiple of patch_size 14"),
@@ -277,7 +277,12 @@ def test_every_method_and_peft_runs(family, small_backbones, task, tmp_path):
         assert method == "plain" or peft != "lora" or result.macs == pytest.approx(budget.target_macs(c, backbones.create_backbone(c, 3)), rel=0.1), (method, peft)
 
 
-def test_pruning_refuses_swiglu():
+def test_what_a_family_is_told():
+    """Pruning knows no SwiGLU; what full fine-tuning means where LayerScale is folded in."""
+    model = variant("dinov2")
+    model.layer_scale = True
+    with pytest.warns(UserWarning, match="LayerScale is folded into attn.proj and mlp.fc2: full fine-tuning trains the products"):
+        assert not [name for name, p in PEFTS["full"].add(model, None).named_parameters() if not p.requires_grad]
     with pytest.raises(ValueError, match="pruning is for MLPs of two maps, and SwiGLU has three"):
         pruning.prune_channels(variant("dinov3"), [(2, 20)] * 3)
 
