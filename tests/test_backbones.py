@@ -274,7 +274,8 @@ def test_every_method_and_peft_runs(family, small_backbones, task, tmp_path):
         model = load_run(result)
         assert 0 <= result.metrics["accuracy"] <= 1 and result.token_counts[0] == model.num_patches + model.specials, (method, peft)
         assert model.num_patches == (16 if more else 36) and model.specials == (5 if family == "dinov3" else 0)
-        assert method == "plain" or peft != "lora" or result.macs == pytest.approx(budget.target_macs(c, backbones.create_backbone(c, 3)), rel=0.1), (method, peft)
+        if method != "plain" and peft == "lora":
+            assert result.macs == pytest.approx(budget.target_macs(c, backbones.create_backbone(c, 3)), rel=0.1), method
 
 
 def test_what_a_family_is_told():

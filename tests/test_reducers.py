@@ -935,18 +935,13 @@ def test_diffrates_dead_tell_the_logits():
 
 @rows("queries, kwargs", [(1, {}), (1, dict(reg_tokens=4, rope=True)), (None, dict(global_pool="avg")), (None, dict(class_token=False, global_pool="map"))])
 def test_tokens_are_ranked_by_the_attention_that_they_get(queries, kwargs):
-    """From the class token where that is classified, else the mean from all living tokens, in loops; a dead token gets none."""
-    model = tiny(**kwargs)
-    assert shared.ranking_queries(model) == queries
-    qkv = model.blocks[0].attn.project(torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0)))
+    """From the class token where that is classified, else the mean from all living tokens; a dead token gets none."""
+    assert shared.ranking_queries(tiny(**kwargs)) == queries
+    qkv = attention(2, 7)
     size = torch.tensor([1.0, 2, 0, 3, 1, 0, 1]).view(1, 7, 1).expand(2, -1, -1)
-    for given in (None, size):
-        weight = torch.ones(7) if given is None else size[0, :, 0]
+    for given, living in ((None, [0, 1, 2, 3, 4, 5, 6]), (size, [0, 1, 3, 4, 6])):
         received = shared.attention_received(qkv, given, queries)
         for image in range(2):
-            for head in range(3):
-                scores = (qkv.q[image, head] @ qkv.k[image, head].T / 8**0.5).exp() * weight
-                rows_of = scores / scores.sum(dim=1, keepdim=True)
-                living = [i for i in range(7) if weight[i] > 0]
-                expected = rows_of[0] if queries == 1 else sum(rows_of[i] for i in living) / len(living)
-                torch.testing.assert_close(received[image, head], expected, rtol=1e-4, atol=1e-6)
+            given_out = probabilities(qkv, image, given)
+            expected = given_out[:, 0] if queries == 1 else sum(given_out[:, i] for i in living) / len(living)
+            torch.testing.assert_close(received[image], expected, rtol=1e-4, atol=1e-6)
