@@ -106,7 +106,7 @@ def export_onnx(model, path, mean, std, classes=(), crop=False):
         return op.ScatterElements(x, op.Expand(op.Unsqueeze(index, 1), op.Shape(y)), y, axis=0, reduction="add")
 
     pipeline = nn.Sequential(FromPixels(mean, std), fold(copy.deepcopy(model).float().cpu())).eval()
-    images = torch.zeros(2, 3, model.img_size, model.img_size, dtype=torch.uint8)  # two: an axis of length one would be exported as fixed
+    images = torch.zeros(2, 3, *(side * model.patch_size for side in model.grid), dtype=torch.uint8)  # two: an axis of length one would be exported as fixed
     program = torch.onnx.export(
         pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},

@@ -125,7 +125,8 @@ def benchmark(models, batch_size=16, dtype="float32", device=None, seconds=3.0, 
     for name, model in models.items():
         model.eval().to(device, dtype)
         size = getattr(pyra.unwrap(model), "img_size", 224)
-        batch = torch.randn(batch_size, 3, size, size) if images is None else images[torch.arange(batch_size) % len(images)]
+        size = [size] * 2 if isinstance(size, int) else size
+        batch = torch.randn(batch_size, 3, *size) if images is None else images[torch.arange(batch_size) % len(images)]
         # fullgraph: an operation that can't be compiled raises, instead of making the model slow
         forward = torch.compile(model, mode=compile, fullgraph=True, dynamic=False) if compile else model
         calls[name] = functools.partial(forward, batch.to(device, dtype))
