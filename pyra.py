@@ -1,13 +1,11 @@
 """PYRA: parallel yielding re-activation, in plain PyTorch + einops.
 
-PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vision Transformer to a task and makes it faster in the same,
-single training stage:
+PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vision Transformer and makes it faster in one training stage:
 
 1. LoRA adds a low-rank update to every block's qkv projection; the backbone stays frozen.
 2. ToMe merges the r^l most similar token pairs of every block l between attention and MLP, so later blocks have less to do.
 3. Just before a pair merges, PYRA modulates its source token. Two tiny generators, W_r (r, s) and W_D (s, c), read the pairs and yield a gate
-   per channel and a gate per token; their product re-activates what averaging would blur. After training, LoRA folds into the backbone, and
-   what is left is a ViT that merges tokens, with 10,000 numbers of modulation.
+   per channel and one per token; their product re-activates what averaging would blur. After training, LoRA folds into the backbone.
 
     model = create_model("vit_base_patch16_224", num_classes=100)
     load_pretrained(model, "vit_base_patch16_224.orig_in21k")       # or a file, tensors, a timm model
@@ -96,8 +94,7 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
 
     depth: L, blocks. tokens: T, patches at the start (special tokens not counted). remaining: t, patches after the last
-    block. flops_ratio: F/f, which the MACs meet to a few per cent; 2 gives a constant schedule. Returns L ints. Raises ValueError.
-    """
+    block. flops_ratio: F/f, which the MACs meet to a few per cent; 2 gives a constant schedule. Returns L ints. Raises ValueError."""
     depth, tokens, remaining = check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
     require(remaining < tokens, f"remaining ({remaining}) must be less than tokens ({tokens})")
     exponent = check_flops_ratio(flops_ratio) - 1
@@ -109,8 +106,7 @@ def merge_schedule(rate, depth=12, tokens=196, model=None):
 
     rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_macs` finds
     for their ratio of operations; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge. model: whose depth
-    and patches count instead of the two numbers; without one, operations are those of a ViT-B with so many blocks and patches.
-    """
+    and patches count instead of the two numbers; without one, operations are those of a ViT-B with so many blocks and patches."""
     depth, tokens = (depth, to_python(tokens)) if model is None else (len(unwrap(model).blocks), unwrap(model).num_patches)
     if isinstance(rate, str):
         require(rate in MAC_RATIOS, f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
@@ -138,8 +134,7 @@ def solve_macs(model, flops_ratio, remaining=4):
 
     Eq. (1) misses its target: its exponent F/f - 1 is an approximation, and its floors lose up to one pair per block. Here the exponent is
     solved for, rounding errors carry over to the next block, and then single tokens are moved while that helps. At least `remaining`
-    patches are left. Returns a list with one int per block. Raises ValueError where no schedule saves so many operations.
-    """
+    patches are left. Returns a list with one int per block. Raises ValueError where no schedule saves so many operations."""
     flops_ratio, remaining, tokens = check_flops_ratio(flops_ratio), check_integer("remaining", remaining), model.num_patches
     require(remaining < tokens, f"remaining ({remaining}) must be less than the model's {tokens} patches")
     along = functools.partial(counts_along, tokens, len(model.blocks), remaining=remaining)
@@ -185,8 +180,7 @@ def drop_mask(x, rate):
     """Which elements of x dropout keeps, as bools: a share of 1 - rate, to within 2^-16."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device) >= rate
-    # on a CPU bernoulli_ draws element by element, a tenth of a small model's training; here 64 bits serve four elements
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # 16 for each element: bernoulli_ takes a tenth of a training
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
 def with_update(linear, update):
@@ -239,8 +233,7 @@ def match(metric, r, specials=1):
     """Bipartite soft matching (ToMe §3): each even token proposes to its most similar odd one; the r best pairs merge.
 
     metric: (b, n, d), compared by cosine. r: at most most_merges(n, specials). specials: how many tokens stay in front and never merge (class
-    token, registers). No gradient flows through the matching. Returns a Matching.
-    """
+    token, registers). No gradient flows through the matching. Returns a Matching."""
     b, n, _ = metric.shape
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
     src, unmerged = best.argsort(dim=-1, descending=True, stable=True).tensor_split([r], dim=1)
@@ -253,15 +246,24 @@ def rows(index, n):
     """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch."""
     return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
-def take(x, index):
-    """Tokens of x (b, n, c) at index (b, m) -> (b, m, c). On a CPU copying whole rows is 20 times as fast as a gather."""
-    taken = rearrange(x, "b n c -> (b n) c").index_select(0, rows(index, x.shape[1]))
-    return rearrange(taken, "(b m) c -> b m c", b=x.shape[0], m=index.shape[1])
+def one_hot_product(index, n, x, add=False):
+    """x (b, n, c) at index (b, m) -> (b, m, c), or with add the sums of x (b, m, c) at index -> (b, n, c). As a product it adds up in a fixed order, and so
+    does its gradient; on a GPU, index_add and the gradient of a gather do not."""
+    with torch.autocast(x.device.type, enabled=False):  # which would round x
+        one_hot = (index[..., None] == torch.arange(n, device=index.device)).to(x.dtype)  # (b, m, n)
+        return (one_hot.mT if add else one_hot) @ x
+
+def take(x, index, shared=False):
+    """Tokens of x (b, n, c) at index (b, m) -> (b, m, c), by rows: a gather takes 20 times as long on a CPU. shared: index repeats tokens."""
+    if shared and x.is_cuda:
+        return one_hot_product(index, x.shape[1], x)
+    return x.flatten(0, 1).index_select(0, rows(index, x.shape[1])).unflatten(0, index.shape)
 
 def add_at(x, index, y):
     """x (b, n, c) plus y (b, m, c) at the tokens index (b, m); several may go to the same token."""
-    added = rearrange(x, "b n c -> (b n) c").index_add(0, rows(index, x.shape[1]), rearrange(y, "b m c -> (b m) c"))
-    return rearrange(added, "(b n) c -> b n c", b=x.shape[0], n=x.shape[1])
+    if x.is_cuda:
+        return x + one_hot_product(index, x.shape[1], y, add=True)
+    return x.flatten(0, 1).index_add(0, rows(index, x.shape[1]), y.flatten(0, 1)).view_as(x)
 
 def widen(x):
     """x, but float16 as float32: sums of tokens, each times its size, go beyond float16's range."""
@@ -271,19 +273,18 @@ def merge(tokens, matching, modulate=None):
     """Size-weighted merging (ToMe §3): every source is averaged into its destination, each weighted by its size.
 
     modulate: None, or a function (sources, destinations) -> sources, all (b, r, c), weighted by size, the most similar pair
-    first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer.
-    """
+    first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer."""
     x, size, (order, dst) = widen(tokens.x), tokens.size, matching
     r, kept = dst.shape[1], order.shape[1] - dst.shape[1]
     x = x if size is None else x * size.to(x.dtype)
     stay, src = order.split([kept, r], dim=1)
     x, x_src = take(x, stay), take(x, src)
-    x_src = x_src if modulate is None else modulate(x_src, take(x, dst))
+    x_src = x_src if modulate is None else modulate(x_src, take(x, dst, shared=True))
     x = add_at(x, dst, x_src.to(x.dtype))
     size = with_sizes(tokens).size.gather(1, order[..., None])
     size = size[:, :kept].scatter_add(1, dst[..., None], size[:, kept:])
-    new_index = repeat(torch.arange(kept, device=dst.device), "n -> b n", b=dst.shape[0])
-    new_index = torch.empty_like(order).scatter(1, order, torch.cat([new_index, dst], dim=1))  # (b, n): old -> new
+    new_index = torch.cat([torch.arange(kept, device=dst.device).expand(len(dst), -1), dst], dim=1)
+    new_index = torch.empty_like(order).scatter(1, order, new_index)  # (b, n): old -> new
     return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, tokens.source))
 
 def modulate(src, dst, w_r, w_d):
@@ -293,8 +294,7 @@ def modulate(src, dst, w_r, w_d):
     With P = LN(src + dst), delta_D = W_r^T P (s, c) and delta_r = P W_D^T (r, s); W_D = 0 gives src in both cases:
     - s = 1: src + src * g_D * g_r, the channel gate g_D = 2 sigmoid(delta_D) in (0, 2), the token gate g_r = 2 sigmoid(delta_r) - 1 in (-1, 1).
     - s > 1 (supplement, "Modulation Matrix Rank"): src + src * W with W = delta_r delta_D (r, c). Our reading: Eq. 6, the
-      channel gate, is left out, and W stands where g_r stood, without a squashing function, since none is mentioned.
-    """
+      channel gate, is left out, and W stands where g_r stood, without a squashing function, since none is mentioned."""
     p = F.layer_norm(src + dst, src.shape[-1:])
     delta_d, delta_r = w_r.mT @ p, F.linear(p, w_d)  # (b, s, c), (b, r, s)
     gate = 2 * delta_d.sigmoid() * (2 * delta_r.sigmoid() - 1) if w_r.shape[1] == 1 else delta_r @ delta_d  # (b, r, c)
@@ -310,8 +310,7 @@ class ToMe(nn.Module):
         return n - min(self.r, most_merges(n, self.specials))
 
     def match(self, qkv):
-        metric, n = qkv.metric(), qkv.k.shape[2]
-        return match(metric, n - self.tokens_after(n), self.specials)
+        return match(qkv.metric(), (n := qkv.k.shape[2]) - self.tokens_after(n), self.specials)
 
     def forward(self, tokens, qkv):
         return merge(tokens, self.match(qkv)) if self.tokens_after(tokens.x.shape[1]) < tokens.x.shape[1] else tokens
@@ -334,8 +333,19 @@ def drop_path(x, rate):
     """Stochastic depth: drops a branch (b, n, c) for each sample with probability `rate`."""
     return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate) / (1 - rate)) if rate else x
 
+def augment(qkv, size):
+    """q, k and v (b, h, n, d + 2 or more) whose attention at scale 1 / sqrt(d) is `attend`'s with sizes, without a mask, which flash attention doesn't take:
+    k has log size in two more channels, rounded and the rest, q has ones there, v zeros. In 16 bits it is nearer to float32 than with a mask."""
+    d, extra = qkv.q.shape[-1], 2 + -(qkv.q.shape[-1] + 2) % 8  # flash attention needs multiples of 8
+    log = (size.log() * d**0.5).clamp(min=-3e4)  # of dead tokens: finite, in float16 too, and far below all others
+    rounded = log.to(qkv.k.dtype)
+    log = repeat(F.pad(torch.cat([rounded, log - rounded], dim=-1).to(qkv.k.dtype), (0, extra - 2)), "b n e -> b h n e", h=qkv.k.shape[1])
+    return F.pad(qkv.q, (0, extra), value=1.0), torch.cat([qkv.k, log], dim=-1), F.pad(qkv.v, (0, extra))
+
 def attend(qkv, size=None):
     """Softmax(q k^T / sqrt(d) + log size) v, (b, h, n, d). With its size as weight, a merged token counts as all that it stands for."""
+    if qkv.q.is_cuda and qkv.q.element_size() == 2 and size is not None:  # flash attention knows no float32
+        return F.scaled_dot_product_attention(*augment(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
     bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
     if qkv.q.device.type == "cpu" and (torch.is_grad_enabled() or qkv.q.dtype == torch.bfloat16):
         # on a CPU the fused kernel's backward takes two to five times as long as these lines, and in bf16 its forward 1.1 to 1.6 times
@@ -347,9 +357,7 @@ def attend(qkv, size=None):
 class RoPE(nn.Module):
     """DINOv3's rotary positions: turns pairs of channels of q and k by angles that grow with a token's place. Special tokens stay as they are.
 
-    A merged token's place is the mean of its patches', each a point in [-1, 1]^2: our reading, since neither DINOv3 nor ToMe says. Averaging
-    the places' sines and cosines instead would shrink q and k.
-    """
+    A merged token's place is the mean of its patches', each a point in [-1, 1]^2: our reading. The mean of their sines would shrink q and k."""
     def __init__(self, grid, specials):
         super().__init__()
         centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))  # of the patches, in halves of a patch
@@ -423,8 +431,7 @@ class Block(nn.Module):
     - tokens_expected(n): in training, how many of n tokens (b,) float32 stay, with a gradient; else those of size > 0 count;
     - budget_weight: the number of tokens is learned, towards a budget of operations whose loss has this weight;
     - after_step(): called after each step of the optimizer;
-    - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP.
-    """
+    - macs_saved(n, m, block): operations that the block saves beyond those of m instead of n tokens in its MLP."""
     def __init__(self, dim, num_heads, hidden, drop_path_rate=0.0, eps=1e-6, act="gelu", rope=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
@@ -455,8 +462,7 @@ class VisionTransformer(nn.Module):
     - global_pool: "token" (the class token's output is classified), "avg" (the patches' mean, each weighted by its size, with MAE's fc_norm
       after it, or with fc_norm=False the final norm before it) or "map" (SigLIP's attention pooling);
     - pre_norm: CLIP's norm before the first block; eps: of all norms; act: of the MLPs, a name in ACTS; rope: see RoPE.
-    LayerScale is no switch: `load_pretrained` folds it into the weights. Raises ValueError.
-    """
+    LayerScale is no switch: `load_pretrained` folds it into the weights. Raises ValueError."""
     def __init__(self, *, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, num_classes=1000, distilled=False,
                  global_pool="token", drop_path_rate=0.0, class_token=True, reg_tokens=0, fc_norm=True, pre_norm=False, eps=1e-6, act="gelu", rope=False):
         super().__init__()
@@ -485,9 +491,8 @@ class VisionTransformer(nn.Module):
                 setattr(self, name, nn.Parameter(torch.zeros(1, count, embed_dim)))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + self.num_patches, embed_dim))  # with RoPE: zeros
         self.norm_pre = nn.LayerNorm(embed_dim, eps=eps) if pre_norm else nn.Identity()
-        hidden, shared = int(embed_dim * mlp_ratio + 1e-6), RoPE(self.grid, self.specials) if rope else None
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden, rate, eps, act, shared) for rate in rates)
+        hidden, shared, steps = int(embed_dim * mlp_ratio + 1e-6), RoPE(self.grid, self.specials) if rope else None, max(depth - 1, 1)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden, drop_path_rate * i / steps, eps, act, shared) for i in range(depth))
         self.norm, self.fc_norm = (nn.LayerNorm(embed_dim, eps=eps), nn.Identity())[::-1 if global_pool == "avg" and fc_norm else 1]
         self.attn_pool = AttentionPool(embed_dim, num_heads, hidden, eps, act) if global_pool == "map" else None
         for name in ("head", "head_dist")[:1 + distilled]:
@@ -601,8 +606,7 @@ def add_lora(model, rank=8, dropout=0.1, targets=("qkv",), alpha=None):
     """Adds LoRA to linear maps of every block, by default attn.qkv, and freezes the backbone (see `freeze`). Returns the model.
 
     rank: h in the paper. dropout: on LoRA's input, in training. targets: names out of qkv, proj, fc1, fc2. alpha: the update is scaled by
-    alpha / rank; None: by 1, as in the paper. Raises ValueError.
-    """
+    alpha / rank; None: by 1, as in the paper. Raises ValueError."""
     check_peft(model, dropout, rank=rank)
     known = isinstance(targets, (list, tuple)) and 0 < len({*targets} & {*LORA_TARGETS}) == len(targets)
     require(known, f"targets must be different names out of {', '.join(LORA_TARGETS)}, not {targets!r}")
@@ -646,16 +650,14 @@ def set_reducers(model, reducers, prop_attn=True, attend=attend):
 def add_tome(model, r, prop_attn=True):
     """Merges tokens in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r: pairs merged, an int or a list with one entry per block; at most half of its tokens. prop_attn: proportional attention. Raises ValueError.
-    """
+    r: pairs merged, an int or a list with one entry per block; at most half of its tokens. prop_attn: proportional attention. Raises ValueError."""
     return set_reducers(model, [ToMe(entry, model.specials) if entry else None for entry in check_schedule(model, r)], prop_attn)
 
 @on_model
 def add_pyra(model, r, s=1, prop_attn=True):
     """Merges with modulation in every block with r > 0, in place of any reducer there is. Returns the model.
 
-    r as in `add_tome`, but more than half of the tokens are refused: w_r (r, s) has a row for each pair. s: the generators' rank. Raises ValueError.
-    """
+    r as in `add_tome`, but more than half of the tokens are refused: w_r (r, s) has a row for each pair. s: the generators' rank. Raises ValueError."""
     s = check_integer("s", s)
     entries, n = check_schedule(model, r), model.num_patches + model.specials
     for i, entry in enumerate(entries):
@@ -669,8 +671,7 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
     """The trained parameters as AdamW's groups, each with a "name": "decay", "no_decay", "modulation"; empty ones left out.
 
     Biases, norms, position embedding and special tokens don't decay. modulation_lr: of w_r and w_d (Table 4); None: lr. Parameters with a
-    learning rate from their reducer (`lrs`) form groups of their names.
-    """
+    learning rate from their reducer (`lrs`) form groups of their names."""
     kinds = {"decay": dict(lr=lr, weight_decay=weight_decay), "no_decay": dict(lr=lr, weight_decay=0.0),
              "modulation": dict(lr=lr if modulation_lr is None else modulation_lr, weight_decay=weight_decay)}
     for name, own in [pair for block in model.blocks for pair in getattr(block.reducer, "lrs", {}).items()]:
@@ -737,8 +738,7 @@ def load_pretrained(model, source):
     source: a .safetensors, .pth / .pt / .bin / .ckpt / .tar or .npz file (Google's JAX release); a name on the Hugging Face hub, timm's or
     "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging Face's, behind any wrappers' prefix; EMA weights
     come first, with a warning. A head of other classes is left out, as is what the model's pooling doesn't use (MAE trains a new fc_norm); the
-    position embedding is resized, other parts are folded: see `fold_extras`. No code in a file is run. Raises FileNotFoundError, ValueError.
-    """
+    position embedding is resized, other parts are folded: see `fold_extras`. No code in a file is run. Raises FileNotFoundError, ValueError."""
     source, found = read_checkpoint(source)
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
     weights = fold_extras(model, renamed := to_timm_names(source, found), own)
@@ -835,8 +835,7 @@ def fold_extras(model, weights, own):
     """Weights by timm's names without what a plain ViT has no parameter for: exact rewrites, {name: tensor}.
 
     LayerScale goes into attn.proj and mlp.fc2; what is apart is joined: q, k and v, DINOv3's biases, SwiGLU's two maps. What is left out on
-    purpose is zeros: biases (of qkv in all blocks, of CLIP's patch embedding), position embeddings (with RoPE).
-    """
+    purpose is zeros: biases (of qkv in all blocks, of CLIP's patch embedding), position embeddings (with RoPE)."""
     weights = weights | {name.replace("q_bias", "k_bias"): torch.zeros_like(q) for name, q in weights.items() if name.endswith("attn.q_bias")}
     for whole, parts in {"attn.qkv.": ("attn.query.", "attn.key.", "attn.value."), "attn.qkv.bias": ("attn.q_bias", "attn.k_bias", "attn.v_bias"),
                          "mlp.fc1.": ("mlp.fc1_g.", "mlp.fc1_x.")}.items():
@@ -997,6 +996,5 @@ def count_macs(model):
     """Multiply-accumulates of one image's forward pass, LoRA folded in; the literature's "GFLOPs" are 1e9 of these.
 
     A block that gets n tokens and keeps m costs 4 n c a + 2 n^2 a (attention, a wide: c, less where heads are pruned) + 2 m c hidden
-    (MLP; SwiGLU's is half as much again). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual.
-    """
+    (MLP; SwiGLU's is half as much again). Norms, softmax, activations, matching and modulation, together well below 1 %, are left out as is usual."""
     return macs_of_counts(model, token_counts(model))

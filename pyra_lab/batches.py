@@ -61,12 +61,11 @@ def held_in_memory(load, config, img_size, device, teacher_logits=None):
     transformed = Transformed(images, crops_and_more(row, img_size, config.norm, tensors=True)) if row.area else None
 
     def train(seed, chunks):
-        for index in chunks:
+        for chunk, index in zip(chunks, [chunk.to(device) for chunk in chunks]):  # copied before the first step: each copy waits for the device
             if transformed:  # one by one, where the images are: on a CPU a sixth of the time that a batch takes with grid_sample
-                x = torch.stack([Seeded(transformed, seed)[i] for i in index.tolist()])
+                x = torch.stack([Seeded(transformed, seed)[i] for i in chunk.tolist()])
             else:
-                x = normalize(images[index.to(device)], config.norm)
-            index = index.to(device)
+                x = normalize(images[index], config.norm)
             yield x, labels[index], None if teacher_logits is None else teacher_logits[index]
 
     def share_of(images, labels):

@@ -1,7 +1,10 @@
 """Devices and number types: which there are, and what each is good at."""
 
+import functools
+import platform
 import re
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -19,7 +22,7 @@ def check_device_name(device):
 
 
 def check_device(device):
-    """Raises ValueError unless device is None or one of this machine."""
+    """Raises ValueError unless device is None or one of this machine. Afterwards PyTorch computes there as suits us."""
     check_device_name(device)
     if device == "mps":
         if not torch.backends.mps.is_available():
@@ -30,6 +33,16 @@ def check_device(device):
             raise ValueError(f"device {device} was requested, but PyTorch finds no CUDA device here")
         if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {device} was requested, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    if (device or default_device()).startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its attention anew for each number of tokens, and merging has one in every block
+
+
+@functools.cache
+def is_intel():
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return "Intel" in platform.processor()
 
 
 def has_fast_bfloat16(device):
@@ -38,7 +51,8 @@ def has_fast_bfloat16(device):
         return False
     if device.startswith("cuda"):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # with AVX512-BF16 alone AMD's cores do twice as many products in bf16 as in fp32, Intel's half as many: those need AMX
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not is_intel()
 
 
 def autocast(device, dtype):

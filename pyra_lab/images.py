@@ -3,6 +3,7 @@
 A split fits in memory as uint8, so it is decoded once and kept as a .npy file: no loader stands between it and the device.
 """
 
+import functools
 import io
 import os
 import re
@@ -24,6 +25,12 @@ NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0
          "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
+@functools.cache
+def on_device(statistics, device):
+    """A mean and standard deviation as (1, 3, 1, 1), copied to the device once: a copy waits until the device has done all that it was given."""
+    return [rearrange(torch.tensor(v, device=device), "c -> 1 c 1 1") for v in statistics]
+
+
 def normalize(images, norm, dtype=torch.float32):
     """uint8 images (n, 3, h, w) on any device -> float images on it; `norm` is one of NORMS.
 
@@ -31,7 +38,7 @@ def normalize(images, norm, dtype=torch.float32):
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is not one of {', '.join(NORMS)}")
-    mean, std = (rearrange(torch.tensor(v, device=images.device), "c -> 1 c 1 1") for v in NORMS[norm])
+    mean, std = on_device(NORMS[norm], images.device)
     return ((images.float() / 255 - mean) / std).to(dtype)
 
 

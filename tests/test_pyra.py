@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import HIGH, R, TINY, adapted, batch, count_flops, numbers, on_meta, randomise, rows, snapshot, tiny, trained, variant
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyra
 from pyra_lab import epochs, speed
@@ -831,12 +832,22 @@ def test_activation_checkpointing(method, monkeypatch):
     assert len(calls) == 9
 
 
-def test_compile():
-    """One graph, without a break, through autograd's tracing too, and the same logits and gradients."""
+def attend_as_on_a_gpu(qkv, size=None):
+    return pyra.attend(qkv) if size is None else F.scaled_dot_product_attention(*pyra.augment(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
+
+
+@rows("method, gpu", [("plain", False), ("tome", True), ("pyra", False), ("pyra", True)])
+def test_compile(method, gpu, monkeypatch):
+    """One graph, without a break, through autograd's tracing too, and the same logits and gradients; with what a GPU does instead, too."""
     torch.compiler.reset()
-    model = adapted(depth=2)
+    model = adapted(method, depth=2)
     logits, grads = gradients(model, batch())
     model.zero_grad()
+    if gpu:
+        pyra.set_reducers(model, [block.reducer for block in model.blocks], attend=attend_as_on_a_gpu)
+        take = pyra.take
+        monkeypatch.setattr(pyra, "take", lambda x, index, shared=False: pyra.one_hot_product(index, x.shape[1], x) if shared else take(x, index))
+        monkeypatch.setattr(pyra, "add_at", lambda x, index, y: x + pyra.one_hot_product(index, x.shape[1], y, add=True))
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(batch())
     F.cross_entropy(out, torch.arange(3)).backward()
     assert same(out, logits)
@@ -844,6 +855,59 @@ def test_compile():
     assert found.keys() == grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@rows("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_without_a_mask(dtype):
+    """Sizes in two more channels of k: in float32 the mask's attention, in 16 bits less than half of its error. Dead tokens get no attention."""
+    for d in (64, 24, 6):
+        qkv, size = numbers(3, 2, 3, 50, d), torch.arange(100).view(2, 50, 1) % 39.0  # two tokens of size 0 each, at least
+        exact = pyra.attend(pyra.QKV(*qkv.to(dtype).double()), size.double())
+        qkv = pyra.QKV(*qkv.to(dtype))
+        q, k, v = pyra.augment(qkv, size)
+        assert q.shape == k.shape == v.shape == (2, 3, 50, d + 2 + -(d + 2) % 8) and q.dtype == k.dtype == v.dtype == dtype
+        error = lambda out: (out.double() - exact).square().mean().sqrt()
+        masked = error(F.scaled_dot_product_attention(*qkv[:3], attn_mask=size.log().to(dtype).mT[:, None]))
+        assert error(attend_as_on_a_gpu(qkv, size)) < (1e-7 if dtype == torch.float32 else 0.5 * masked), d
+        alive = size[0, :, 0] > 0
+        of_living = pyra.QKV(*(t[:1, :, alive] for t in qkv[:3]))
+        assert same(attend_as_on_a_gpu(qkv, size)[:1, :, alive], attend_as_on_a_gpu(of_living, size[:1, alive]), 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@rows("method", ["tome", "pyra"])
+def test_merging_as_on_a_gpu(method, monkeypatch):
+    """By products with one-hot matrices: the same tokens, logits and gradients, under autocast with a stream in float32 too."""
+    model = adapted(method, global_pool="avg")
+    (tokens, logits), (_, grads) = block_outputs(model, batch()), gradients(model, batch())
+    calls, product = [], pyra.one_hot_product
+    monkeypatch.setattr(pyra, "one_hot_product", lambda *args, **kwargs: calls.append(1) or product(*args, **kwargs))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    (dense, found), (_, found_grads) = block_outputs(model, batch()), gradients(model, batch())
+    assert len(calls) == 2 * 3 * (2 if method == "pyra" else 1)  # forwards x blocks
+    assert same(found, logits) and all(same(a.x, b.x) and torch.equal(a.size, b.size) and torch.equal(a.source, b.source) for a, b in zip(dense, tokens))
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-6)
+    x, index, y = numbers(2, 7, 5), torch.tensor([[1, 1, 6], [0, 3, 3]]), numbers(2, 3, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pyra.take(x, index, shared=True), x.gather(1, index[..., None].expand(-1, -1, 5)))
+        torch.testing.assert_close(pyra.add_at(x, index, y), x.scatter_add(1, index[..., None].expand(-1, -1, 5), y), rtol=1e-6, atol=1e-6)
+
+
+@rows("method, kwargs", [("plain", {}), ("tome", {}), ("pyra", {}), ("pyra", dict(rope=True, num_heads=2)), ("pyra", dict(class_token=False, global_pool="map"))])
+def test_the_forward_pass_never_waits_for_a_gpu(method, kwargs, monkeypatch):
+    """On tensors without values, all on one GPU: none is asked for a value or moved. In bf16 no attention has a mask."""
+    masks, attention = [], F.scaled_dot_product_attention
+    watched = lambda *args, attn_mask=None, **given: masks.append(attn_mask) or attention(*args, attn_mask=attn_mask, **given)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model = adapted(method, **kwargs).train()
+    with FakeTensorMode(), torch.device("cuda"):
+        for dtype in (torch.float32, torch.bfloat16):
+            fake = lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype)
+            tensors = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+            out = torch.func.functional_call(model, tensors, fake(batch()))
+            assert out.device.type == "cuda" and out.shape == (3, 5) and out.dtype == dtype
+    attentions = 4 if "global_pool" in kwargs else 3
+    assert len(masks) == 2 * attentions and masks[attentions:] == [None] * attentions
 
 
 def test_compile_in_training():
