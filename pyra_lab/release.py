@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pyra_lab import deploy, files, report, serving
+from pyra_lab import deploy, files, report, serving, tasks
 from pyra_lab.backbones import SHIPPED
 from pyra_lab.batches import sample_indices
 from pyra_lab.config import Config, arguments
@@ -58,7 +58,8 @@ def load_with(result, weights=None):
 
 def config_of(result):
     """The Config of a record, whatever its version, for any device."""
-    return Config(**{name: value for name, value in {**complete(result.config), "device": None}.items() if name in Config.__dataclass_fields__})
+    known = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in {**complete(result.config), "device": None}.items() if name in known})
 
 
 def mistakes(result, names, most=3):
@@ -150,7 +151,11 @@ may fare worse, and the probabilities are not calibrated. The licences of the ba
 def calibration_images(result, count=32):
     """Images that a run was trained on, uint8 (n, 3, h, w), chosen at random. Raises FileNotFoundError or ValueError where they are no longer there."""
     config = config_of(result)
-    pixels, _ = find_source(config).load(config.train_split, image_size(config))
+    source, size = find_source(config), image_size(config)
+    if source.task.group == "Stream":
+        images = tasks.stream_split(source.task, config.train_split, lambda image: serving.crop_centre(image, size))
+        return np.stack([images[i][0] for i in sample_indices(len(images), count).tolist()])
+    pixels, _ = source.load(config.train_split, size)
     return pixels[sample_indices(len(pixels), count)].numpy()
 
 

@@ -1,5 +1,6 @@
 """A model for others: the folder, its card, and the way to the hub and back, with a folder in the hub's place."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 
 import pyra
 from pyra_lab import Config, card, cli, load_run, predict, pull, push, run, write_release
-from pyra_lab.release import RELEASED
+from pyra_lab.release import RELEASED, calibration_images
+from pyra_lab.tasks import load_split
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -92,6 +94,15 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
     for text in (text, card(result), json.dumps(record)):
         assert not re.search(f"{folder}|{Path(result.config['weights']).parent}|{result.folder}", text)
     assert identical(trained(load_run(result)), adapter(result))
+
+
+def test_int8_is_calibrated_on_what_was_trained_on(result, task):
+    """Of a folder at the model's size, of a stream as it is evaluated."""
+    known = {image.tobytes() for image in load_split(task, "train800val200", 24)[0].numpy()}
+    found = calibration_images(result, 5)
+    assert found.shape == (5, 3, 24, 24) and {image.tobytes() for image in found} < known
+    streamed = dataclasses.replace(result, config={**result.config, "task": task.replace("folder:", "stream:")})
+    assert calibration_images(streamed, 5).shape == (5, 3, 24, 24)
 
 
 @rows("call, message", [
