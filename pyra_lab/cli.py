@@ -28,7 +28,8 @@ def make_parser(command, description):
 def run_command(argv):
     result = run(parse(argv))
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} after the last epoch; record in {result.folder}")
+        after = f"in epoch {result.best_epoch + 1}, the best on val200" if result.config["keep"] == "best" else "after the last epoch"
+        print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} {after}; record in {result.folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

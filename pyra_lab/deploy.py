@@ -175,9 +175,10 @@ def quantize_onnx(path, out, images=None):
     """Writes a file of export_onnx with its linear maps in int8, for CPUs: a quarter of the size, and faster where the CPU multiplies int8 (VNNI, AMX).
 
     Weights are rounded per output channel, activations as they come (dynamic quantisation of onnxruntime); the head, sums, softmax and
-    merging stay float32. images: some to calibrate on, uint8 (n, 3, img_size, img_size), from those that were trained on. With them the
-    outliers of few channels, which ViTs have, are smoothed first (see `smooth`) with the alpha, of a few, whose logits are closest to
-    float32's. Returns how far these are: their root mean square difference over that of float32's logits; None without images.
+    merging stay float32. In a batch, a map's activations share one scale, so an image's logits depend a little on its neighbours. images:
+    some to calibrate on, uint8 (n, 3, img_size, img_size), from those that were trained on. With them the outliers of few channels, which
+    ViTs have, are smoothed first (see `smooth`) with the alpha, of a few, whose logits are closest to float32's. Returns how far these
+    are: their root mean square difference over that of float32's logits; None without images.
     Raises ImportError without onnxruntime, ValueError.
     """
     try:
