@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -322,8 +323,20 @@ SECTIONS = {  # name -> the section, and its part of the time; what one leaves i
 }
 
 
+def read_suite(path):
+    """The rows that run_suite wrote. Raises FileNotFoundError, or ValueError for another file."""
+    try:
+        rows = json.loads(Path(path).expanduser().read_text())
+        assert rows[0]["section"] == "suite"
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {str(path)!r}") from None
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is no file that benchmark --suite has written") from error
+    return rows
+
+
 def run_suite(out, minutes, smoke=False, device=None, tell=print):
-    """Does the SECTIONS and returns the rows, dicts, which the JSON file `out` holds too: it is written again after each task.
+    """Does the SECTIONS and returns the rows, dicts, which the JSON file `out` holds too: it is written again after each row.
 
     A task starts as long as the time left to its section would do for the longest of them so far. One that fails is a row with its error, and one
     that there is no time for a row that says so. smoke: tiny sizes, to see that all runs. tell: gets each row as a line. Raises ValueError, OSError.
@@ -335,8 +348,9 @@ def run_suite(out, minutes, smoke=False, device=None, tell=print):
     command = f"python -m pyra_lab benchmark --suite gpu --minutes {minutes:g}" + " --smoke" * smoke
 
     def note(**row):
-        rows.append(row)
-        tell(json.dumps(row))
+        line = json.dumps(row)
+        rows.append(json.loads(line))  # as the file has them: lists, no tuples
+        tell(line)
         files.write_atomically(out, lambda partial: partial.write_text(json.dumps(rows, indent=1) + "\n"))
 
     note(section="suite", command=command, plan=plan._asdict())
