@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import pyra
-from pyra_lab import files, grid, prediction, release, serving, speed, vtab
+from pyra_lab import files, gpu_suite, grid, prediction, release, serving, speed, vtab
 from pyra_lab.backbones import BACKBONES, create_backbone
 from pyra_lab.config import Config, parse, read_value
 from pyra_lab.devices import DTYPES
@@ -68,7 +68,16 @@ def benchmark_command(argv):
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: both")
     parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
     parser.add_argument("--training", action="store_true", help="training steps with LoRA, with and without --checkpoint, instead of inference")
+    parser.add_argument("--suite", choices=["gpu"], help="instead of all that: everything that is worth knowing of a GPU, in bf16, written to --out")
+    parser.add_argument("--out", metavar="FILE.json", help="of the suite: its rows, written after each of its tasks")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of the suite, by which it chooses what to leave out (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="the suite with tiny models, to see that it runs")
     args = parser.parse_args(argv)
+    if (args.suite is None) != (args.out is None):
+        raise ValueError("--suite needs --out, the file that it writes, and --out belongs to --suite")
+    if args.suite:
+        gpu_suite.run_suite(args.out, args.minutes, args.smoke, args.device)
+        return
     if args.training and args.compile:
         raise ValueError("--training is measured without --compile")
     common = (args.backbone, args.batch_size, read_value(args.rate, str | float), args.device, args.seconds, args.rounds)

@@ -54,13 +54,16 @@ def from_environment():
 
 
 def connect(processes, device):
-    """Connects the processes, once. Returns the device of this one: with CUDA, the GPU that torchrun gives it."""
+    """Connects the processes, once. Returns the device of this one: with CUDA, the GPU that torchrun gives it, where there are enough."""
     if processes.world == 1:
         return device
+    backend = "gloo"
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        backend = "nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= here else "gloo"  # NCCL refuses processes that share a GPU
+        device = torch.device("cuda", local % here)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # days: the first process may wait for a run that other jobs are working on, and the rest wait for it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     return device

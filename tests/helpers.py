@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +32,8 @@ BACKBONE = "vit_tests_patch4_24"  # TINY, as a backbone that a Config may name: 
 SMALL = dict(backbone=BACKBONE, weights="none", rate=R, epochs=3, warmup=1, batch_size=8, lr=5e-3, modulation_lr=2e-3, eval_every=2,
              device="cpu", dtype="float32")
 ONE_STEP = {**SMALL, "epochs": 1, "warmup": 0, "batch_size": 64, "dropout": 0.0, "drop_path": 0.0, "eval_every": 0}  # all 21 images at once
+BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # slower than float32 on some CPUs, but at home
+DTYPE_PARAMS = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not BF16, reason="this CPU emulates bfloat16"))]
 UNREAD = "blocks.2.reducer"  # gets no gradient: nothing that the last block merges reaches the class token
 
 
@@ -73,6 +76,74 @@ def adapted(method="pyra", seed=0, lora=True, s=1, **kwargs):
     elif method == "pyra":
         pyra.add_pyra(model, R[:len(model.blocks)], s=s)
     return randomise(model, seed).eval()
+
+
+def same(a, b, rtol=1e-5):
+    """Whether a and b differ by less than rtol of b's largest entry."""
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max() <= rtol * b.double().abs().max()
+
+
+def block_outputs(model, images):
+    """Each block's Tokens and the logits."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda _, __, tokens: outputs.append(tokens)) for block in model.blocks]
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits
+
+
+def gradients(model, images):
+    model.zero_grad()
+    logits = model(images)
+    F.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1]).backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def attend_as_on_a_gpu(qkv, size=None):
+    """pyra.attend as it is on a GPU in 16 bits."""
+    return pyra.attend(qkv) if size is None else F.scaled_dot_product_attention(*pyra.augment(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
+
+
+def assert_golden(file, method, device="cpu", rtol=1e-5):
+    """Logits, loss, tokens, sizes, sources and gradients are those of the published code."""
+    with np.load(ROOT / "tests" / "golden" / f"{file}.npz") as arrays:
+        golden = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files}
+    img_size, patch_size, dim, depth, heads, rank, classes, distilled = golden["meta"].tolist()
+    model = pyra.VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads,
+                                   num_classes=classes, distilled=bool(distilled))
+    pyra.add_lora(model, rank)
+    if method == "tome":
+        pyra.add_tome(model, golden["r"].tolist())
+    elif method == "pyra":
+        pyra.add_pyra(model, golden["r"].tolist())
+    weights = {}
+    for name, value in golden.items():
+        if name.startswith("w/"):
+            name = name.removeprefix("w/").replace(".lora_", ".attn.qkv.lora_").replace(".w_", ".reducer.w_")
+            if method == "pyra" or ".reducer." not in name:
+                weights[name] = value
+    model.load_state_dict(weights, strict=True)
+    model.eval().to(device)
+
+    tokens, logits = block_outputs(model, golden["x"])
+    loss = F.cross_entropy(logits, golden["y"])
+    loss.backward()
+    assert same(logits, golden[f"{method}/logits"], rtol)
+    assert same(loss, golden[f"{method}/loss"], rtol)
+    for i in range(depth):
+        assert same(tokens[i].x, golden[f"{method}/block{i}"], rtol), f"block {i}"
+    if method != "plain":
+        assert torch.equal(tokens[-1].size, golden[f"{method}/size"])
+        assert torch.equal(tokens[-1].source, golden[f"{method}/source"].long())
+
+    expected = {k.removeprefix(f"{method}/grad/"): v for k, v in golden.items() if k.startswith(f"{method}/grad/")}
+    found = {k.replace(".attn.qkv.lora_", ".lora_").replace(".reducer.w_", ".w_"): p.grad
+             for k, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert same(found[name], grad, rtol) if grad.any() else not found[name].any(), name
 
 
 def snapshot(model):

@@ -6,20 +6,19 @@ import math
 
 import pytest
 import torch
-from helpers import (BACKBONE, ONE_STEP, R, SMALL, UNREAD, adapter, assert_nearly_same, assert_same_run, files_in, identical, interrupted_at, spy,
-                     trained, watch_batches, watch_steps, without_seconds)
+from helpers import (BACKBONE, DTYPE_PARAMS, ONE_STEP, R, SMALL, UNREAD, adapter, assert_nearly_same, assert_same_run, files_in, identical,
+                     interrupted_at, spy, trained, watch_batches, watch_steps, without_seconds)
 from safetensors.torch import save_file
 
 import pyra
 from pyra_lab import METHODS, Config, epochs, load_run, run
-from pyra_lab.config import DTYPES, has_fast_bfloat16
+from pyra_lab.config import DTYPES
 from pyra_lab.epochs import lr_factor, mae_lr_factor, merged_share
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
 from pyra_lab.tasks import load_split
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
-DTYPE_PARAMS = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this CPU emulates bfloat16"))]
 LORA, MODULATION = 3 * 4 * (24 + 72), sum(R) + 3 * 24  # parameters
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import nbformat
@@ -33,6 +34,20 @@ def check_speeds(shown, runs):
     assert not runs.exists()
     for result in shown.values():
         assert result["speedup"] > 0 and result["mac_ratio"] >= 1
+
+
+def suite_file(task):
+    """A file as benchmark --suite writes it, with a section of each kind, one that failed and one that had no time. Returns its path."""
+    speed = dict(model="vit", batch=16, images_per_second=9.0, speedup=3.0, latency=1.0, share=0.9, tflops=4.0)
+    rows = [dict(section="suite"), dict(section="card", device="cuda", name="A card"), dict(section="card", what="driver", lines=[]),
+            dict(section="product", what="large", dtype="bfloat16", tflops=8.0)]
+    rows += [dict(section="eager", what=what, **{**speed, "batch": batch}) for what in ("plain", "tome", "pyra") for batch in (1, 16)]
+    rows += [dict(section="graph", model="vit", batch=1, error="RuntimeError: no kernel"), dict(section="training", **speed, what="pyra", peak_memory=3e6),
+             dict(section="profile", what="pyra", kernel="gemm", calls=48.0, ms=1.0), dict(section="task", what="pyra", seconds=3.0),
+             dict(section="attention", tokens=9, microseconds={"mask": 2.0, "mask, FLASH": "no kernel"}), dict(section="merge", tokens=9, left_out="no time")]
+    file = Path(task.removeprefix("folder:")) / "gpu.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
 
 
 def check_earlier_ranks(shown, runs):
@@ -101,9 +116,9 @@ CASES = {
                      [(dict(target_speedup="fast"), "target_speedup must be of type float")],
                      task=lambda task: {}, check=check_speeds),
     "throughput": Case(dict(rates=[2.5], batch_sizes=[2], train_batch_size=3, dtypes=["float32"], seconds=0.01, rounds=2),
-                       [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"),
-                        (dict(train_batch_size=0), "batch_size and rounds must be at least 1")],
-                       task=lambda task: {}, check=check_speeds),
+                       [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"), (dict(suite="gpu.json"), "there is no file 'gpu.json'"),
+                        (dict(suite=__file__), "is no file that benchmark --suite has written")],
+                       task=lambda task: dict(suite=suite_file(task)), check=check_speeds),
     "deploy": Case(dict(target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
                    [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "speedup and images_per_second must be a positive"),
                     (dict(path="nowhere"), "nowhere is not a folder")],

@@ -13,19 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ONE_STEP, R, SMALL, adapter, files_in, identical, trained, watch_batches, write_class_folders
+from helpers import DTYPE_PARAMS, ONE_STEP, R, SMALL, adapter, files_in, identical, trained, watch_batches, write_class_folders
 
 import pyra
 from pyra_lab import Config, evaluation, load_run, records, run, vtab
 from pyra_lab.batches import in_batches
-from pyra_lab.config import DTYPES, has_fast_bfloat16
+from pyra_lab.config import DTYPES
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
 from pyra_lab.tasks import load_split
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-DTYPE_PARAMS = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this CPU emulates bfloat16"))]
 
 
 @pytest.mark.parametrize("method", ["plain", "pyra"])

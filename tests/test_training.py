@@ -13,8 +13,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import (BACKBONE, ONE_STEP, SMALL, UNREAD, WITH_TESTS, adapter, assert_same_run, files_in, identical, interrupted_at, python, trained,
-                     watch_batches, watch_steps, without_seconds, write_class_folders)
+from helpers import (BACKBONE, DTYPE_PARAMS, ONE_STEP, SMALL, UNREAD, WITH_TESTS, adapter, assert_same_run, files_in, identical, interrupted_at, python,
+                     trained, watch_batches, watch_steps, without_seconds, write_class_folders)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,7 +22,6 @@ import pyra
 from pyra_lab import METHODS, Config, Method, evaluation, fold, load_run, records, run, training
 from pyra_lab.batches import in_batches
 from pyra_lab.budget import forward_counted, mean_macs, schedule, target_macs
-from pyra_lab.config import has_fast_bfloat16
 from pyra_lab.grid import with_prerequisites
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, count_trained
@@ -31,7 +30,6 @@ from pyra_lab.tasks import load_split
 from pyra_lab.training import first_stage, prerequisites, teacher_run
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
-DTYPE_PARAMS = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this CPU emulates bfloat16"))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
