@@ -207,6 +207,8 @@ def check_combinations(config):
             raise ValueError(f"keep best selects on val200, and {config.task} has no images besides those to train and to test on: keep the last epoch")
         if config.train_split in ("val200", "train800val200"):
             raise ValueError(f"keep best selects on val200, and train_split {config.train_split} trains on it: take train800")
+        if config.rise and "rise" in method.uses:
+            raise ValueError("keep best can't compare epochs that merge different numbers of tokens: leave out rise, or keep the last epoch")
         if method.dial is not None:
             raise ValueError(f"keep best can't choose an epoch of method {config.method}, which meets its budget after the last one only")
 
