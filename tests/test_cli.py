@@ -102,7 +102,7 @@ def test_what_is_refused_in_a_sentence(argv, sentence):
         cli.main(argv)
 
 
-@pytest.mark.parametrize("argv", ["run --epoch 3", "run sprites_location", "grid", "benchmark --backbone resnet50"])
+@pytest.mark.parametrize("argv", ["run --epoch 3", "run sprites_location", "grid", "schedule --backbone resnet50"])
 def test_usage(capsys, argv):
     with pytest.raises(SystemExit) as left:
         cli.main(argv.split())
