@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     """How large everything is."""
 
     names: tuple = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224")
+    rate: str | float = "high"
     batches: tuple = (256, 16, 1, 64)
     compile: dict = dict(mode="reduce-overhead")
     seconds: float = 0.5  # per function that is timed
@@ -44,14 +45,14 @@ class Plan(NamedTuple):
     shape: tuple = (256, 12, 64)  # batch, heads, head dim of attention and merging alone
 
 
-SMOKE = Plan(("vit_nano_patch4_56",), (1,), dict(backend="eager"), 0.001, 1, 64, 2, 4, 2, (19,), (2, 3, 8))  # on a CPU: that it runs, no more
+SMOKE = Plan(("vit_nano_patch4_56",), "high", (1,), dict(disable=True), 0.001, 1, 64, 2, 4, 2, (19,), (2, 3, 8))  # on a CPU: that it runs, no more
 
 
-def models_of(name, device):
-    """{model: in bf16 and evaluation mode} of plain, ToMe and PYRA at the high rate, and timm's where it is installed."""
+def models_of(plan, device, name):
+    """{what: model in bf16 and evaluation mode} of plain, ToMe and PYRA, and timm's where it is installed."""
     with torch.device(device):
         models = {kind: pyra.create_model(name, num_classes=1000) for kind in ("plain", "tome", "pyra")}
-        r = pyra.merge_schedule("high", model=models["plain"])
+        r = pyra.merge_schedule(plan.rate, model=models["plain"])
         pyra.add_tome(models["tome"], r)
         pyra.add_pyra(models["pyra"], r)
         try:
@@ -176,7 +177,7 @@ def forward(prepare):
     """The section of a way to run the forward pass."""
     def tasks(plan, device):
         for name in plan.names:
-            models = functools.cache(functools.partial(models_of, name, device))
+            models = functools.cache(functools.partial(models_of, plan, device, name))
             for batch in plan.batches:
                 yield dict(model=name, batch=batch), lambda batch=batch, models=models: forward_rows(plan, device, models(), prepare, batch)
 
@@ -187,7 +188,7 @@ def forward(prepare):
 def kernels(plan, device, kind, most=20):
     """What the time of a batch goes into: the longest kernels, and all others together."""
     name, batch, cuda = plan.names[0], plan.batches[0], device.type == "cuda"
-    model = models_of(name, device)[kind]
+    model = models_of(plan, device, name)[kind]
     images = torch.randn(batch, 3, model.img_size, model.img_size, device=device, dtype=torch.bfloat16)
     for _ in range(3):
         model(images)
@@ -217,7 +218,7 @@ def profiled(plan, device):
 def training(plan, device):
     """A step with LoRA in bf16: images/s and all memory, without and with --checkpoint."""
     def rows(name):
-        table = training_table(name, plan.train_batch, "high", str(device), plan.seconds, plan.rounds, ["bfloat16"])
+        table = training_table(name, plan.train_batch, plan.rate, str(device), plan.seconds, plan.rounds, ["bfloat16"])
         return [dict(what=row.pop("model"), share=row["speedup"] / row["mac_ratio"], **row) for row in table]
 
     for name in plan.names:
@@ -226,7 +227,7 @@ def training(plan, device):
 
 def task_seconds(plan, device, kind, most=8):
     """A VTAB-sized run's training from the first of its epochs: the whole, where it has no more than `most`; else extrapolated."""
-    config = Config(backbone=plan.names[0], method=kind, rate="high", weights="none", epochs=plan.epochs, batch_size=plan.train_batch, device=str(device),
+    config = Config(backbone=plan.names[0], method=kind, rate=plan.rate, weights="none", epochs=plan.epochs, batch_size=plan.train_batch, device=str(device),
                     dtype="bfloat16").resolved()
     model = build_model(config, 100).to(device)
     images = torch.randint(256, (plan.images, 3, model.img_size, model.img_size), dtype=torch.uint8)

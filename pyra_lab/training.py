@@ -2,9 +2,9 @@
 
 A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from),
 adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there is a teacher, and finally
-result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (a GPU adds
-merged tokens up in no fixed order). The id knows the config, not the files behind it nor this code: after changing images,
-weights or code, delete the folder.
+result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (on a GPU, where merging
+adds up in a fixed order too, the gradients of PyTorch's attention need not). The id knows the config, not the files behind it nor this
+code: after changing images, weights or code, delete the folder.
 """
 
 import contextlib

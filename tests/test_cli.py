@@ -94,6 +94,7 @@ def test_help(capsys):
     (["push", "/nowhere", "me/model"], "/nowhere has no README.md, adapter.safetensors, result.json: write it with python -m pyra_lab export"),
     (["--task", "a b"], "the first argument must be a command, one of run, .*; to train, write: python -m pyra_lab run --task 'a b'"),
     (["benchmark", "--training", "--compile", "default"], "--training is measured without --compile"),
+    (["benchmark", "--suite", "gpu"], "--suite needs --out, the file that it writes"), (["benchmark", "--out", "gpu.json"], "and --out belongs to --suite"),
     (["slurm", "grid.jsonl", "--max", "0"], "--max must be at least 1, not 0"),
     (["check", "/nowhere"], "/nowhere is not a folder"),
 ], ids=str)

@@ -76,6 +76,14 @@ def test_apples_gpu(monkeypatch):
     assert Config(device="mps").resolved().dtype == "float32"
 
 
+@rows("amx, avx512, intel, fast", [(True, True, True, True), (False, True, True, False), (False, True, False, True), (False, False, False, False)])
+def test_bfloat16_is_fast(monkeypatch, amx, avx512, intel, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(devices, "is_intel", lambda: intel)
+    assert devices.has_fast_bfloat16("cpu") == fast and Config(device="cpu").resolved().dtype == ("bfloat16" if fast else "float32")
+
+
 def test_a_ratio_is_the_same_schedule_on_the_command_line_and_in_the_library():
     with torch.device("meta"):
         model = pyra.create_model("vit_base_patch16_224")

@@ -18,13 +18,13 @@ def run_suite(tmp_path, **kwargs):
 
 @pytest.mark.usefixtures("small_backbone")
 def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "SMOKE", gpu_suite.SMOKE._replace(names=(BACKBONE,)))
+    monkeypatch.setattr(gpu_suite, "SMOKE", gpu_suite.SMOKE._replace(names=(BACKBONE,), rate=1.8, compile=dict(backend="eager")))
     rows = run_suite(tmp_path, minutes=10)
     assert list(dict.fromkeys(row["section"] for row in rows)) == list(gpu_suite.SECTIONS) and not any("error" in row or "left_out" in row for row in rows)
     for section in ("eager", "graph", "compiled"):
         kinds = {row["what"]: row for row in rows if row["section"] == section}
         assert {*kinds} == {"plain", "tome", "pyra"} and kinds["pyra"]["share"] == kinds["pyra"]["speedup"] / kinds["pyra"]["mac_ratio"]
-        assert kinds["plain"]["share"] == 1 and 3.3 < kinds["tome"]["mac_ratio"] < 3.6 and all(row["images_per_second"] > 0 for row in kinds.values())
+        assert kinds["plain"]["share"] == 1 and 1.4 < kinds["tome"]["mac_ratio"] < 2 and all(row["images_per_second"] > 0 for row in kinds.values())
     assert [row["what"] for row in rows if row["section"] == "training"][::2] == ["plain", "tome", "pyra"]
     task, _ = (row for row in rows if row["section"] == "task")
     assert task["seconds"] == sum(task["each"]) and task["measured_epochs"] == 2 and not task["extrapolated"]
@@ -32,7 +32,7 @@ def test_smoke(tmp_path, monkeypatch):
 
 
 def test_long_tasks_are_extrapolated(small_backbone):
-    plan = gpu_suite.SMOKE._replace(names=(BACKBONE,), epochs=50)
+    plan = gpu_suite.SMOKE._replace(names=(BACKBONE,), rate=1.8, epochs=50)
     row, = gpu_suite.task_seconds(plan, torch.device("cpu"), "pyra", most=3)
     assert row["measured_epochs"] == 3 and row["extrapolated"] and row["seconds"] == pytest.approx(sum(row["each"]) + 47 * sum(row["each"][1:]) / 2)
 

@@ -89,6 +89,16 @@ def test_record_can_move(finished, tmp_path):
     assert run(config, tmp_path, progress=False) == dataclasses.replace(result, folder=str(tmp_path / config.id()))
 
 
+def test_a_gpu_evaluates_in_full_batches(finished, task, monkeypatch):
+    """The last batch, of 3 images, is filled up, and what fills it is not counted."""
+    _, result = finished()
+    model, cut = load_run(result), list(in_batches(*load_split(task, "test", 24), "half", batch_size=7))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    with watch_batches() as seen:
+        assert evaluation.evaluate(model, cut) == result.metrics
+    assert [len(x) for _, x in seen] == [7] * 4 and torch.equal(seen[3][1], cut[3][0][[0, 1, 2, 0, 1, 2, 0]])
+
+
 @pytest.mark.parametrize("dtype", DTYPE_PARAMS)
 def test_load_run_gives_the_recorded_accuracy(finished, task, dtype):
     config, result = finished(dtype=dtype)

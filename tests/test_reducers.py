@@ -1,6 +1,7 @@
 """The other token reducers against naive loops, the papers' figures and their own promises."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import R, TINY, batch, numbers, on_meta, randomise, rows, tiny, trained
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import pyra
 from pyra_lab import budget
@@ -68,6 +70,21 @@ def reduced(reducer, peft=None, **kwargs):
     """A small, random ViT with a reducer, and a PEFT whose parameters are random too, in eval mode."""
     model = tiny(**kwargs)
     return REDUCERS[reducer](model if peft is None else randomise(PEFTS[peft](model))).eval()
+
+
+@rows("reducer, training", [(reducer, training) for reducer in REDUCERS for training in (False, True)])
+def test_no_reducer_waits_for_a_gpu(reducer, training):
+    """On tensors without values, all on one GPU, unless the number of tokens depends on the image: that has to be known before the next block."""
+    model = reduced(reducer).train(training)
+    with FakeTensorMode(), torch.device("cuda"):
+        fake = lambda t: torch.empty(t.shape, dtype=t.dtype)
+        tensors = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        forward = functools.partial(torch.func.functional_call, model, tensors, fake(batch()))
+        if reducer == "ats" or reducer in ("ltmp", "diffrate") and not training:
+            with pytest.raises(DataDependentOutputException):
+                forward()
+        else:
+            assert forward().device.type == "cuda"
 
 
 def attention(b, n, seed=0, h=3, d=8):
