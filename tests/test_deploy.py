@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, rows
 from PIL import Image
 
 import pyra
@@ -206,7 +206,7 @@ def test_int8(tmp_path):
         deploy.quantize_onnx(tmp_path / "none.onnx", plain)
 
 
-@pytest.mark.parametrize("changes, message", [
+@rows("changes, message", [
     (dict(classes=("a", "b")), "classes must name all of the model's 5 classes, not 2"),
     (dict(mean=(123.7, 116.3, 103.5)), "mean must be three numbers from 0 to 1"),
     (dict(std=(0.5, 0.5, float("nan"))), "std must be three numbers from 0 to 1"),

@@ -1067,7 +1067,7 @@ def test_the_most_merging_is_where_solve_macs_ends():
         pyra.solve_macs(model, most * 1.001)
 
 
-@pytest.mark.parametrize("kwargs, sentence", [
+@rows("kwargs, sentence", [
     (dict(flops_ratio=1), "flops_ratio must be a finite number greater than 1, not 1"), (dict(flops_ratio="2"), "flops_ratio must be"),
     (dict(flops_ratio=2, remaining=0), "remaining must be a positive integer, not 0"),
     (dict(flops_ratio=2, remaining=196), r"remaining \(196\) must be less than the model's 196 patches"), (dict(flops_ratio=40), "flops_ratio 40 is out of reach"),

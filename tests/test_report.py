@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers import rows, tiny
 
 import pyra
 from pyra_lab import METHODS, Method, Result, report
@@ -50,14 +50,14 @@ def test_good_parameters_pass(changed):
     report.check_parameters({**NAMESPACE, **changed})
 
 
-@pytest.mark.parametrize("changed, sentence", [
+@rows("changed, sentence", [
     ({"In": ["# Parameters\nsed = 4\n"]}, "there is no parameter 'sed'; did you mean seeds"),
     ({"In": ["# Parameters\nrank = 4\n"]}, "there is no parameter 'rank'; the parameters are s, lr, task, seeds, fast"),
     ({"s": "4"}, "s must be of type int, not '4'"), ({"s": 1.0}, "s must be of type int"), ({"s": True}, "s must be of type int"),
     ({"lr": "1e-3"}, "lr must be of type float"),
     ({"fast": 1}, "fast must be of type bool"), ({"seeds": 0}, "seeds must be of type list, not 0; papermill takes a list with -y"),
     ({"seeds": []}, "seeds needs an entry"), ({"seeds": [1, "1e-3"]}, "seeds has the text '1e-3' where a number belongs: YAML reads 1e-3 as text"),
-], ids=str)
+])
 def test_wrong_parameters_are_named(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
         report.check_parameters({**NAMESPACE, **changed})

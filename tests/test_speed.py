@@ -106,7 +106,7 @@ def test_images_to_time(task):
     assert len(speed.images_to_time(Config(task=task, device="cpu"), 128)) == 24  # all that there are
 
 
-@pytest.mark.parametrize("changes, sentence", [
+@rows("changes, sentence", [
     (dict(dtype="float16"), "dtype must be one of float32, bfloat16, not 'float16'"), (dict(batch_size=2.0), "batch_size and rounds must be at least 1"),
     (dict(compile="fast"), "compile must be one of None, default"), (dict(device="tpu"), "device must be cpu, cuda, cuda:<number> or mps"),
 ])
