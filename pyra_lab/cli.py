@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import pyra
 from pyra_lab import files, gpu_suite, grid, prediction, release, serving, speed, vtab
 from pyra_lab.backbones import BACKBONES, create_backbone
 from pyra_lab.config import Config, parse, read_value

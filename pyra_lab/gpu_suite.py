@@ -4,7 +4,6 @@ SECTIONS, those that tell most per second first, each up to its part of the time
 (plan, device) that yields tasks: what is measured (a dict), and a function that measures it and returns rows. All random weights and noise.
 """
 
-import copy
 import functools
 import json
 import os
