@@ -283,7 +283,7 @@ def merge(tokens, matching, modulate=None):
     x = add_at(x, dst, x_src.to(x.dtype))
     size = with_sizes(tokens).size.gather(1, order[..., None])
     size = size[:, :kept].scatter_add(1, dst[..., None], size[:, kept:])
-    new_index = torch.cat([torch.arange(kept, device=dst.device).expand(len(dst), -1), dst], dim=1)
+    new_index = torch.cat([torch.arange(kept, device=dst.device).expand(dst.shape[0], -1), dst], dim=1)
     new_index = torch.empty_like(order).scatter(1, order, new_index)  # (b, n): old -> new
     return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, tokens.source))
 

@@ -174,7 +174,7 @@ run(Config(**json.loads({json.dumps(json.dumps(dataclasses.asdict(config)))})), 
 
 
 def test_memory_of_a_training_step():
-    """In bf16 at most 16 numbers per token and channel for the backward pass, an MLP's 4 c twice among them, and what is always there."""
+    """In bf16 at most 12 numbers per token and channel of attention and 16 of the MLP, whose 4 c are there twice, and what is always there."""
     b, name = 8, "vit_small_patch16_224"
     rows = {row["model"]: row for row in speed.training_table(name, b, "high", DEVICE.type, 0.01, 1, ["bfloat16"])}
     with torch.device("meta"):
@@ -183,6 +183,6 @@ def test_memory_of_a_training_step():
     always = 2 * sum(p.numel() for p in model.parameters()) + b * 3 * 224**2 * (4 + 2) + 30e6  # weights, images, trained ones with AdamW's state, cuBLAS
     for method, counts in (("plain", pyra.token_counts(model)), ("tome", pyra.token_counts(merged)), ("pyra", pyra.token_counts(merged))):
         scores = 0 if CUDA else sum(6 * n**2 * b * model.blocks[0].attn.num_heads * 2 for n in counts[:-1])  # without flash attention
-        kept = sum(2 * b * (10 * n + 16 * m) * model.embed_dim for n, m in zip(counts, counts[1:]))
+        kept = sum(2 * b * (12 * n + 16 * m) * model.embed_dim for n, m in zip(counts, counts[1:]))
         assert rows[method]["peak_memory"] < always + kept + scores, (method, rows[method]["peak_memory"], always + kept + scores)
         assert rows[f"{method}, checkpoint"]["peak_memory"] < rows[method]["peak_memory"]
