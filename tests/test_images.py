@@ -25,7 +25,7 @@ def test_normalize():
     assert images.normalize(x, "none")[1].eq(1).all() and images.normalize(x, "half")[0].eq(-1).all()
     assert torch.allclose(images.normalize(x, "imagenet")[0, :, 0, 0], -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225]))
     assert images.normalize(x, "half", torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="norm 'zscore' is not one of imagenet, half, none$"):
+    with pytest.raises(ValueError, match="norm 'zscore' is not one of imagenet, half, none, clip$"):
         images.normalize(x, "zscore")
 
 
