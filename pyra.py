@@ -18,7 +18,7 @@ PYRA (Xiong et al., ECCV 2024, arXiv 2403.09192) adapts a frozen, pre-trained Vi
 Axes: b batch, n tokens, h heads, d head dim, c channels, r merged pairs, s modulation rank. Parameter names are timm's.
 
 Where this departs from the published code (github.com/THU-MIG/PYRA), and why:
-- the modulation's LayerNorm has no affine part: only so does ViT-B count the paper's 9.4 K parameters;
+- the modulation's LayerNorm has no affine part: only then does ViT-B have the paper's 9.4 K parameters of modulation;
 - `param_groups` gives the generators their own learning rate; in the published code that option matches no parameter;
 - LoRA's B starts at zero, so that training starts at the pre-trained model; the published code draws it at random;
 - a distilled model's logits come from the class head alone, the one that is trained; `forward_heads` gives both;
@@ -60,7 +60,7 @@ def on_model(function):
     @functools.wraps(function)
     def wrapper(model, *args, **kwargs):
         own, kind = unwrap(model), f"{type(unwrap(model)).__module__}.{type(unwrap(model)).__name__}"
-        require(isinstance(own, VisionTransformer), f"{function.__name__} needs a pyra.VisionTransformer, not {kind}: see create_model and load_pretrained")
+        require(isinstance(own, VisionTransformer), f"{function.__name__} needs a pyra.VisionTransformer, not {kind}: see create_model and from_timm")
         result = function(own, *args, **kwargs)
         return model if result is own else result
     return wrapper
@@ -180,7 +180,7 @@ def drop_mask(x, rate):
     """Which elements of x dropout keeps, as bools: a share of 1 - rate, to within 2^-16."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device) >= rate
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # 16 for each element: bernoulli_ takes a tenth of a training
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # 16 per element: bernoulli_ takes a tenth of the time
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(rate * 2**16), 2**16 - 1) - 2**15
 
 def with_update(linear, update):
@@ -270,7 +270,7 @@ def widen(x):
     return x.float() if x.dtype == torch.float16 else x
 
 def merge(tokens, matching, modulate=None):
-    """Size-weighted merging (ToMe §3): every source is averaged into its destination, each weighted by its size.
+    """Size-weighted merging (ToMe §3) of living tokens: every source is averaged into its destination, each weighted by its size.
 
     modulate: None, or a function (sources, destinations) -> sources, all (b, r, c), weighted by size, the most similar pair
     first; what it returns is merged instead. The divisor stays the merged size. Returns Tokens with r fewer."""
@@ -319,7 +319,7 @@ class ToMe(nn.Module):
         return f"r={self.r}"
 
 class PYRA(ToMe):
-    """ToMe with modulation: w_r has one row per merged pair, in order of similarity, so r is exact and never clamped."""
+    """ToMe with modulation: w_r has one row per merged pair, in order of similarity: add_pyra refuses an r that the tokens don't allow."""
     def __init__(self, r, dim, s=1, specials=1):
         super().__init__(r, specials)
         self.w_r = nn.Parameter(torch.empty(r, s).uniform_(-1, 1) / math.sqrt(s))
@@ -333,10 +333,10 @@ def drop_path(x, rate):
     """Stochastic depth: drops a branch (b, n, c) for each sample with probability `rate`."""
     return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate) / (1 - rate)) if rate else x
 
-def augment(qkv, size):
+def append_log_size(qkv, size):
     """q, k and v (b, h, n, d + 2 or more) whose attention at scale 1 / sqrt(d) is `attend`'s with sizes, without a mask, which flash attention doesn't take:
-    k has log size in two more channels, rounded and the rest, q has ones there, v zeros. In 16 bits it is nearer to float32 than with a mask."""
-    d, extra = qkv.q.shape[-1], 2 + -(qkv.q.shape[-1] + 2) % 8  # flash attention needs multiples of 8
+    k has log size in two more channels, its value in k's dtype and what that rounds off; q has ones there, v zeros. In 16 bits better than a mask."""
+    d, extra = qkv.q.shape[-1], 8 * math.ceil((qkv.q.shape[-1] + 2) / 8) - qkv.q.shape[-1]  # flash attention needs multiples of 8
     log = (size.log() * d**0.5).clamp(min=-3e4)  # of dead tokens: finite, in float16 too, and far below all others
     rounded = log.to(qkv.k.dtype)
     log = repeat(F.pad(torch.cat([rounded, log - rounded], dim=-1).to(qkv.k.dtype), (0, extra - 2)), "b n e -> b h n e", h=qkv.k.shape[1])
@@ -345,7 +345,7 @@ def augment(qkv, size):
 def attend(qkv, size=None):
     """Softmax(q k^T / sqrt(d) + log size) v, (b, h, n, d). With its size as weight, a merged token counts as all that it stands for."""
     if qkv.q.is_cuda and qkv.q.element_size() == 2 and size is not None:  # flash attention knows no float32
-        return F.scaled_dot_product_attention(*augment(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
+        return F.scaled_dot_product_attention(*append_log_size(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
     bias = None if size is None else rearrange(size.log().to(qkv.q.dtype), "b n 1 -> b 1 1 n")
     if qkv.q.device.type == "cpu" and (torch.is_grad_enabled() or qkv.q.dtype == torch.bfloat16):
         # on a CPU the fused kernel's backward takes two to five times as long as these lines, and in bf16 its forward 1.1 to 1.6 times
@@ -362,13 +362,13 @@ class RoPE(nn.Module):
         super().__init__()
         centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))  # of the patches, in halves of a patch
         self.register_buffer("side", torch.tensor(grid), persistent=False)  # integers, so that a model in bf16 computes the same angles
-        self.register_buffer("place", torch.cat([self.side.expand(specials, 2), centres]), persistent=False)  # (n0, 2)
+        self.register_buffer("place", torch.cat([self.side.expand(specials, 2), centres]), persistent=False)  # (n0, 2); special: 0, no turn
 
     def forward(self, qkv, source):
         b, h, n, d = qkv.k.shape
         place = F.pad(self.place / self.side - 1, (0, 1), value=1.0).expand(b, -1, -1)  # (b, n0, 3): y, x, and 1, which counts patches
         total = place.new_zeros(b, n + 1, 3).scatter_add(1, repeat(torch.where(source < 0, n, source), "b n -> b n 3"), place)[:, :n]
-        frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=place.device) * 4 / d)
+        frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=place.device) * 4 / d)  # 100: DINOv3's base
         angle = rearrange(total[..., :2, None] / total[..., 2:, None].clamp(min=1) * frequency, "b n two f -> b 1 n (two f)")
         cos, sin = angle.cos(), angle.sin()
         turn = lambda u, v: torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1)
@@ -454,7 +454,7 @@ class Block(nn.Module):
         return tokens._replace(x=self.peft_mlp(tokens, u, drop_path(self.mlp(u), rate)))
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al., 2021) and those after it that differ little, with timm's parameter names and, where timm has one, its word for a switch.
+    """ViT (Dosovitskiy et al., 2021) and those after it that differ little, with timm's parameter names.
 
     img_size: pixels, or (height, width). patch_size: pixels. drop_path_rate: of the last block; it rises linearly from 0. num_classes = 0: no
     head, the logits are the pooled features. What the families differ in:
@@ -565,12 +565,12 @@ def read_name(name):
     more = re.search(r"_giant_(?!.*dinov2)|_plus_(?!.*dinov3)|huge_plus|reg4_gap|base_patch16_gap", name)  # than the words say
     tanh = re.search(r"so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|base_patch32_siglip", name)
     require(patch and not more and all(word in WORDS or word.isdigit() for word in words),
-            f"no model is called {name!r}: timm's names of plain ViTs are known, of a patch size and the words {', '.join(WORDS)}")
+            f"no model is called {name!r}: known are timm's names of plain ViTs, made of a patch size and the words {', '.join(WORDS)}")
     said = [WORDS.get(word) or (dict(img_size=int(word)) if word.isdigit() else {}) for word in words]
     return functools.reduce(dict.__or__, said, dict(patch_size=int(patch[1]), act="gelu_tanh" if tanh else "gelu"))
 
 def create_model(name, **kwargs):
-    """An untrained VisionTransformer, with its kwargs, by its timm name with or without the tag of its weights (".mae"). Raises ValueError."""
+    """An untrained VisionTransformer, with its kwargs, by its timm name; a tag of weights (".mae") is ignored. Raises ValueError."""
     return VisionTransformer(**{**read_name(str(name).split(".")[0]), **kwargs})
 
 # ---- Surgery: adapting and merging an existing model -----------------------------------------------------------------
@@ -685,7 +685,7 @@ def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
-# Other releases' names -> timm's, applied from top to bottom. timm's own match none of these, but for the last line: DeiT III's and DINO's.
+# Other releases' names -> timm's, applied from top to bottom. Of timm's own only its Eva's gamma_1 and gamma_2 match.
 RENAMES = [
     # Google's JAX release
     (r"^cls$", "cls_token"), (r"^embedding/", "patch_embed.proj/"), (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
@@ -844,11 +844,11 @@ def fold_extras(model, weights, own):
             if len({weights[part].shape if part in weights else None for part in names}) == 1:
                 weights[name.replace(parts[0], whole)] = torch.cat([weights.pop(part) for part in names])
     for name in [name for name in weights if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
-        layer = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
-        scaled = {f"{layer}{part}": weights.get(f"{layer}{part}") for part in ("weight", "bias")}
+        prefix = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
+        scaled = {f"{prefix}{part}": weights.get(f"{prefix}{part}") for part in ("weight", "bias")}
         if all(w is not None and w.shape[:1] == weights[name].shape for w in scaled.values()):
             gamma = weights.pop(name).float()
-            weights |= {layer: torch.einsum("o, o... -> o...", gamma, w.float()) for layer, w in scaled.items()}
+            weights |= {full: torch.einsum("o, o... -> o...", gamma, w.float()) for full, w in scaled.items()}
     zeros = ["attn.qkv.bias"] + ["patch_embed.proj.bias"] * ("pre_norm" in model.variant) + ["pos_embed"] * ("rope" in model.variant)
     absent = [end for end in zeros if any("attn.qkv.weight" in name for name in weights) and not any(name.endswith(end) for name in weights)]
     return weights | {name: torch.zeros_like(p) for name, p in own.items() if name.endswith(tuple(absent))}
@@ -867,18 +867,18 @@ def resize_pos_embed(model, pos_embed):
 
 @torch.no_grad()
 def from_timm(timm_model):
-    """timm's VisionTransformer, or its Eva of DINOv3's kind, as ours: the same weights, and the same logits, which are compared. Raises ValueError."""
+    """timm's VisionTransformer, or its Eva of DINOv3's kind, as ours: same weights and logits, which are compared; without drop path. Raises ValueError."""
     theirs, kind = unwrap(timm_model), type(unwrap(timm_model)).__name__
     require(isinstance(theirs, nn.Module), f"from_timm takes a model that timm.create_model made, not {theirs!r}")
     has = lambda name: getattr(theirs, name, None) is not None and not isinstance(getattr(theirs, name), nn.Identity)
     try:
-        block, embed, pool = theirs.blocks[0], theirs.patch_embed, theirs.global_pool
+        block, embed, pool, x = theirs.blocks[0], theirs.patch_embed, theirs.global_pool, torch.linspace(-4, 4, 99)
         ours = VisionTransformer(
             img_size=embed.img_size, patch_size=embed.patch_size[0], embed_dim=theirs.embed_dim, depth=len(theirs.blocks), num_heads=block.attn.num_heads,
             mlp_ratio=block.mlp.fc2.in_features / theirs.embed_dim, num_classes=theirs.num_classes, distilled=has("dist_token"), global_pool=pool,
             class_token=has("cls_token"), reg_tokens=theirs.reg_token.shape[1] if has("reg_token") else 0, fc_norm=pool != "avg" or has("fc_norm"),
             pre_norm=has("norm_pre"), eps=block.norm1.eps, rope=has("rope"),
-            act={"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}.get(type(block.mlp.act).__name__, "gelu"))
+            act=next((act for act in ("gelu", "gelu_tanh", "quick_gelu") if torch.allclose(block.mlp.act(x), ACTS[act](x), atol=1e-5)), "swiglu"))
         probe = copy.deepcopy(theirs).float().eval()  # at random: a fresh model's weights are too small, or a head's bias too large, to show a difference
         for p in probe.parameters():
             p.copy_(torch.randn_like(p) / (p[0].numel() ** 0.5 if p.ndim in (2, 4) else 1))
@@ -973,7 +973,7 @@ def load_adapter(model, path):
 # ---- Cost ------------------------------------------------------------------------------------------------------------
 @on_model
 def token_counts(model):
-    """Tokens before the first block and after each, special ones included: a list of depth + 1 ints."""
+    """Tokens before the first block and after each, special ones included: depth + 1 ints. Raises ValueError where the image decides."""
     counts = [model.num_patches + model.specials]
     for block in model.blocks:
         counts.append(counts[-1] if block.reducer is None else block.reducer.tokens_after(counts[-1]))

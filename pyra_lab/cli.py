@@ -21,7 +21,7 @@ from pyra_lab.training import run
 
 
 def make_parser(command, description):
-    return argparse.ArgumentParser(prog=f"pyra_lab {command}", description=description, allow_abbrev=False)
+    return argparse.ArgumentParser(prog=f"python -m pyra_lab {command}", description=description, allow_abbrev=False)
 
 
 def run_command(argv):

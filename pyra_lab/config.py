@@ -239,13 +239,13 @@ def help_of(f):
     return text.replace("%", "%%")
 
 
-def parse(argv, prog="pyra_lab run"):
+def parse(argv, prog="python -m pyra_lab run"):
     """Command line -> Config; a list is written as JSON, [16,16,...]."""
     parser = argparse.ArgumentParser(prog=prog, description="One run: trains and evaluates a config, or finds the record of it.", allow_abbrev=False)
     fields = dataclasses.fields(Config)
     for f in fields:
         flag = dict(nargs="?", const="True") if f.type is bool else {}  # --checkpoint is --checkpoint True
-        parser.add_argument(f"--{f.name}", metavar="", **flag, help=help_of(f))
+        parser.add_argument(f"--{f.name}", metavar="True" if f.type is bool else "…", **flag, help=help_of(f))
     given = vars(parser.parse_args(argv))
     return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
 

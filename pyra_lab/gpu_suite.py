@@ -253,7 +253,7 @@ def attention_rows(plan, device, n):
     b, h, d = plan.shape
     qkv = pyra.QKV(*torch.randn(3, b, n, h, d, device=device, dtype=torch.bfloat16).transpose(2, 3))
     size = torch.randint(1, 9, (b, n, 1), device=device).float()
-    augmented = lambda: F.scaled_dot_product_attention(*pyra.augment(qkv, size), scale=d**-0.5)[..., :d]
+    augmented = lambda: F.scaled_dot_product_attention(*pyra.append_log_size(qkv, size), scale=d**-0.5)[..., :d]
     masked = lambda: F.scaled_dot_product_attention(*qkv[:3], attn_mask=size.log().to(torch.bfloat16).mT[:, None])
     plain = lambda: F.scaled_dot_product_attention(*qkv[:3])
 

@@ -103,7 +103,7 @@ def gradients(model, images):
 
 def attend_as_on_a_gpu(qkv, size=None):
     """pyra.attend as it is on a GPU in 16 bits."""
-    return pyra.attend(qkv) if size is None else F.scaled_dot_product_attention(*pyra.augment(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
+    return pyra.attend(qkv) if size is None else F.scaled_dot_product_attention(*pyra.append_log_size(qkv, size), scale=qkv.q.shape[-1] ** -0.5)[..., :qkv.q.shape[-1]]
 
 
 def assert_golden(file, method, device="cpu", rtol=1e-5):

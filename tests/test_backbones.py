@@ -147,7 +147,7 @@ def test_names_say_what_timms_do(timm):
             folded = key in ("pos_embed", "patch_embed.proj.bias") or key.endswith("qkv.bias") or ".mlp.fc1." in key and act == "swiglu"
             assert folded or shapes[key] == p.shape, (name, key)
     for name in ("vit_base_r50_s16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224", "eva02_base_patch14_224", "vit_base"):
-        with pytest.raises(ValueError, match=f"no model is called '{name}': timm's names of plain ViTs are known"):
+        with pytest.raises(ValueError, match=f"no model is called '{name}': known are timm's names of plain ViTs"):
             pyra.create_model(name)
 
 

@@ -77,7 +77,7 @@ def test_help(capsys):
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
         shown = capsys.readouterr().out
-        assert left.value.code == 0 and shown.startswith(f"usage: pyra_lab {command} ")
+        assert left.value.code == 0 and shown.startswith(f"usage: python -m pyra_lab {command} ")
     for f in dataclasses.fields(Config):
         assert re.search(rf"^ +--{f.name}\b", shown, re.MULTILINE), f.name
         assert f.metadata["help"].split()[0] in shown
@@ -107,7 +107,7 @@ def test_what_is_refused_in_a_sentence(argv, sentence):
 def test_usage(capsys, argv):
     with pytest.raises(SystemExit) as left:
         cli.main(argv.split())
-    assert left.value.code == 2 and f"usage: pyra_lab {argv.split()[0]}" in capsys.readouterr().err
+    assert left.value.code == 2 and f"usage: python -m pyra_lab {argv.split()[0]}" in capsys.readouterr().err
 
 
 def test_benchmark(capsys, monkeypatch):

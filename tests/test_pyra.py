@@ -802,7 +802,7 @@ def test_attention_without_a_mask(dtype):
         qkv, size = numbers(3, 2, 3, 50, d), torch.arange(100).view(2, 50, 1) % 39.0  # two tokens of size 0 each, at least
         exact = pyra.attend(pyra.QKV(*qkv.to(dtype).double()), size.double())
         qkv = pyra.QKV(*qkv.to(dtype))
-        q, k, v = pyra.augment(qkv, size)
+        q, k, v = pyra.append_log_size(qkv, size)
         assert q.shape == k.shape == v.shape == (2, 3, 50, d + 2 + -(d + 2) % 8) and q.dtype == k.dtype == v.dtype == dtype
         error = lambda out: (out.double() - exact).square().mean().sqrt()
         masked = error(F.scaled_dot_product_attention(*qkv[:3], attn_mask=size.log().to(dtype).mT[:, None]))
@@ -969,7 +969,7 @@ def test_models_in_bfloat16(s):
     (lambda: pyra.VisionTransformer(num_heads=7), "embed_dim 768 is not a multiple of num_heads 7"),
     (lambda: pyra.VisionTransformer(global_pool="mean"), "global_pool must be 'token', 'avg' or 'map', not 'mean'"),
     (lambda: pyra.VisionTransformer(drop_path_rate=1.0), "drop_path_rate must be at least 0 and less than 1, not 1.0"),
-    (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge': timm's names of plain ViTs are known"),
+    (lambda: pyra.create_model("vit_huge"), "no model is called 'vit_huge': known are timm's names of plain ViTs"),
     *[(functools.partial(lambda shape: tiny()(torch.zeros(shape)), shape), r"images must be \(b, 3, 24, 24\), not ")
       for shape in ((3, 24, 24), (1, 1, 24, 24), (1, 3, 24, 20))],
     *[(functools.partial(lambda rank: pyra.add_lora(tiny(), rank=rank), rank), "rank must be a positive integer, not ")

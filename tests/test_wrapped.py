@@ -102,7 +102,7 @@ def test_a_wrapped_model_is_as_good_as_the_bare_one(tmp_path, process_group, wra
 @rows("prepare, call", CALLS)
 def test_a_foreign_model_is_refused(tmp_path, prepare, call):
     for foreign in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), None):
-        with pytest.raises(ValueError, match=r"\w+ needs a pyra.VisionTransformer, not [\w.]+: see create_model and load_pretrained"):
+        with pytest.raises(ValueError, match=r"\w+ needs a pyra.VisionTransformer, not [\w.]+: see create_model and from_timm"):
             call(foreign, tmp_path / "a") if call in (saved, loaded, exported, drawn) else call(foreign)
 
 
