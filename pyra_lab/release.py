@@ -14,21 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import pyra
 from pyra_lab import deploy, files, report, serving, tasks
 from pyra_lab.backbones import SHIPPED
 from pyra_lab.batches import sample_indices
-from pyra_lab.config import Config, arguments
+from pyra_lab.config import arguments
 from pyra_lab.devices import has_fast_bfloat16
 from pyra_lab.images import NORMS, normalize
 from pyra_lab.layouts import shorten
 from pyra_lab.methods import METHODS, PEFTS, fold
 from pyra_lab.records import complete, read_result
 from pyra_lab.speed import summarise_rounds, time_interleaved
-from pyra_lab.training import find_source, image_size, load_run
+from pyra_lab.training import config_of, find_source, image_size, load_run
 
 FORMATS = ("float32", "int8")  # of exported files
 RELEASED = ("README.md", "adapter.safetensors", "model.int8.onnx", "model.onnx", "result.json", "serving.py")
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 
 
 # ---- The record and the model, without this machine ------------------------------------------------------------------
@@ -38,7 +38,7 @@ def published(result, weights=None):
     """The Result without this machine's paths; weights: the name by which others find the backbone's, where a file was trained from."""
     config = complete(result.config)
     kind, colon, path = config["task"].partition(":")
-    short = lambda path: path and path != SHIPPED and Path(path).suffix in WEIGHTS and Path(path).name or path
+    short = lambda path: path and path != SHIPPED and Path(path).suffix in pyra.SUFFIXES and Path(path).name or path
     config |= dict(task=f"{kind}:{Path(path).name}" if kind in ("folder", "stream") else config["task"], data_root=None,
                    weights=weights or short(config["weights"]), teacher_weights=short(config["teacher_weights"]))
     return dataclasses.replace(result, config=config, folder="")
@@ -47,19 +47,13 @@ def published(result, weights=None):
 def load_with(result, weights=None):
     """load_run, with other weights for the backbone if given: a file or a name on the hub. Raises FileNotFoundError, ValueError."""
     wanted = weights or result.config["weights"]
-    if weights is None and wanted != SHIPPED and Path(wanted).suffix in WEIGHTS and not os.path.isfile(wanted):
+    if weights is None and wanted != SHIPPED and Path(wanted).suffix in pyra.SUFFIXES and not os.path.isfile(wanted):
         raise FileNotFoundError(f"the backbone's weights are not here, which were {wanted} where this model was trained: "
                                 "pass weights, a file of the same or its name on the hub")
     return load_run(dataclasses.replace(result, config={**result.config, "weights": wanted}))
 
 
 # ---- The card --------------------------------------------------------------------------------------------------------
-
-
-def config_of(result):
-    """The Config of a record, whatever its version, for any device."""
-    known = {f.name for f in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in {**complete(result.config), "device": None}.items() if name in known})
 
 
 def mistakes(result, names, most=3):
@@ -75,7 +69,7 @@ def front_matter(config, metrics, name):
     measured = {"task": {"type": "image-classification"}, "dataset": {"name": task, "type": task, "split": config.eval_split},
                 "metrics": [{"type": key, "value": round(value, 4)} for key, value in scores.items() if value is not None]}
     front = {"library_name": "pyra-vit", "pipeline_tag": "image-classification", "tags": ["image-classification", "vision-transformer", "token-merging"]}
-    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.weights) and Path(config.weights).suffix not in WEIGHTS and config.weights != "none"
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.weights) and Path(config.weights).suffix not in pyra.SUFFIXES and config.weights != "none"
     if on_hub:
         front["base_model"] = config.weights if "/" in config.weights else f"timm/{config.weights}"
     front["model-index"] = [{"name": name, "results": [measured]}]

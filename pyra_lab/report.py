@@ -248,6 +248,40 @@ def learning_curves(results, names):
     plt.show()
 
 
+def show_suite(rows):
+    """The tables and the figure of what a GPU's suite has measured: rows as `gpu_suite.read_suite` gives them. Sections without figures are left out."""
+    import matplotlib.pyplot as plt
+    of = lambda *sections: [row for row in rows if row["section"] in sections and not {"error", "left_out"} & row.keys()]
+    limit = max((row["tflops"] for row in of("product") if row["dtype"] == "bfloat16"), default=float("nan"))
+    forward, show = of("eager", "graph", "compiled"), lambda rows, formats: rows and table(rows, formats)  # a section may be empty
+    cards = ", ".join(str(row.get("name", row["device"])) for row in of("card") if "device" in row)
+    say(f"{cards}, bf16; matrix products at most {limit:.1f} TFLOP/s.")
+    show([{"model": row["model"], "mode": row["section"], "batch": row["batch"], "": row["what"], "images/s": row["images_per_second"],
+           "ms per batch": row["latency"], "speed-up": row["speedup"], "speed-up / MAC ratio": row["share"],
+           "of the product rate, %": 100 * row["tflops"] / limit} for row in forward],
+         {"images/s": ",.0f", "speed-up / MAC ratio": ".2f", "of the product rate, %": ".0f"})
+    show([{"model": row["model"], "training step": row["what"], "images/s": row["images_per_second"], "speed-up": row["speedup"],
+           "peak memory, MB": row["peak_memory"] / 1e6} for row in of("training")], {"images/s": ",.0f", "peak memory, MB": ",.0f"})
+    show([{"kernel": row["kernel"], "calls": row["calls"], "ms": row["ms"]} for row in of("profile") if row["what"] != "plain"],
+         {"calls": ".0f", "ms": ".3f"})
+    show([{"part": f"{row['section']}, {row['tokens']} tokens" + ", with gradient" * row.get("gradient", False), "how": how, "µs": us}
+          for row in of("attention", "merge") for how, us in row["microseconds"].items() if not isinstance(us, str)], {"µs": ",.0f"})
+    sizes = list(dict.fromkeys(row["model"] for row in forward))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.6), squeeze=False, sharey=True)
+    for ax, size in zip(axes[0], sizes):
+        labels = []
+        for (mode, marker), method in itertools.product(zip(("eager", "graph", "compiled"), MARKERS), ("tome", "pyra")):
+            points = sorted((row["batch"], row["share"]) for row in forward
+                            if (row["model"], row["section"], row["what"]) == (size, mode, method))
+            if points:
+                ax.plot(*zip(*points), marker + "-", color=colour(method))
+                labels.append((*points[-1], f"{METHODS[method].title}, {mode}", colour(method)))
+        ax.axhline(1, linestyle=":", color=colour("plain"))
+        ax.set(xscale="log", xlim=(0.7, 4000), xlabel="batch", ylabel="speed-up / MAC ratio", title=size)
+        label_points(ax, labels)
+    plt.show()
+
+
 def fill_tokens(image, held, patch):
     """An image (h, w, 3) whose patches have the mean colour of the token that holds them, held (y, x), with lines between tokens: (h', w', 3)."""
     scale = max(1, 24 // patch)  # so that a line between tokens is thin

@@ -77,11 +77,16 @@ def teacher_logits(config, source, runs, device, progress):
     return torch.load(file, map_location=device, weights_only=True)
 
 
+def config_of(result):
+    """The Config of a record, whatever its version, for any device."""
+    known = {f.name for f in dataclasses.fields(Config)}  # a newer version's config may have other fields
+    return Config(**{name: value for name, value in {**result.config, "device": None}.items() if name in known})
+
+
 def load_run(result):
     """The trained model of a Result: its backbone, with its adapter."""
-    folder, known = Path(result.folder), {f.name for f in dataclasses.fields(Config)}  # a newer version's config may have other fields
-    config = Config(**{name: value for name, value in {**result.config, "device": None}.items() if name in known})  # its device need not be here
-    return pyra.load_adapter(build_model(config, result.num_classes, result.plan), folder / "adapter.safetensors").eval()
+    model = build_model(config_of(result), result.num_classes, result.plan)
+    return pyra.load_adapter(model, Path(result.folder) / "adapter.safetensors").eval()
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
