@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import pyra
 from pyra_lab import batches, budget, files
@@ -203,7 +202,7 @@ def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, 
         if config.rise:
             set_share(model, schedule, merged_share(epoch, epochs, config.rise))
         began, seed = time.perf_counter(), config.seed * 100_003 + epoch
-        steps = tqdm(range(cut.steps), desc=f"epoch {epoch + 1}", disable=not progress or not processes.first, leave=False, delay=30)
+        steps = files.progress(range(cut.steps), desc=f"epoch {epoch + 1}", show=progress and processes.first, delay=30)
 
         def set_lr(step):
             factor = mae_lr_factor(epoch + step / cut.steps, warmup, epochs) if fine_tuned else lr_factor(epoch, warmup, epochs)

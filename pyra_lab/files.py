@@ -1,8 +1,10 @@
-"""Files: where they are, how they are written whole, and how processes take turns at them."""
+"""Files: where they are, how they are written whole, how processes take turns at them; and the bar of what takes long."""
 
 import contextlib
 import os
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from pyra import first_line
 
@@ -59,3 +61,9 @@ def file_lock(path):
     """
     with open(lock_file(path), "ab") as file:
         yield lock(file)
+
+
+def progress(*args, show=True, **kwargs):
+    """tqdm's bar, in a notebook as a widget: gone when it is complete, unless leave says otherwise; with TQDM_DISABLE=1, or without show, none."""
+    hidden = {} if show else {"disable": True}  # left out, it is what the environment says
+    return tqdm(*args, **{"leave": False, **hidden, **kwargs})

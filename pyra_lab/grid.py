@@ -21,7 +21,7 @@ from pathlib import Path
 
 import cloudpickle
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import pyra
 from pyra_lab import backbones, evaluation, files, methods
@@ -249,7 +249,7 @@ def launch(grid, free, environments):
 def work_off(grid, environments, progress):
     """Keeps as many processes at work as there are environments, until nothing waits or runs; kills them where this one is interrupted."""
     free, shown = list(range(len(environments))), ""
-    bar = tqdm(desc="runs", total=len(grid.todo), initial=len(grid.todo) - len(grid.waiting), smoothing=0, disable=not progress)
+    bar = files.progress(desc="runs", total=len(grid.todo), initial=len(grid.todo) - len(grid.waiting), smoothing=0, show=progress, leave=True)
     try:
         while True:
             free += collect(grid)

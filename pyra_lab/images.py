@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
 from pyra_lab import files
 from pyra_lab.serving import is_image, list_suffixes, read_image, resize, to_rgb  # noqa: F401, for those who take them from here
@@ -53,7 +52,7 @@ VERSION = 2  # of what read_image makes of a file: a higher one has everything d
 
 def map_threads(function, items, title):
     """Yields function(item) for every item, in order, behind a progress bar. Threads share the work, as Pillow releases the GIL."""
-    with ThreadPoolExecutor(min(16, files.cores())) as pool, tqdm(desc=title, total=len(items), leave=False, delay=2) as bar:
+    with ThreadPoolExecutor(min(16, files.cores())) as pool, files.progress(desc=title, total=len(items), delay=2) as bar:
         try:
             for start in range(0, len(items), 512):  # a few at a time: results that wait for a slow disk stay few
                 for result in pool.map(function, items[start : start + 512]):

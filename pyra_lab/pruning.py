@@ -7,10 +7,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from tqdm import tqdm
 
 import pyra
-from pyra_lab import budget
+from pyra_lab import budget, files
 
 
 def keep_rows(linear, index):
@@ -124,7 +123,7 @@ def search_pruning(model, flops_ratio, score, candidates=20, seed=0, progress=Tr
     pyra.check_integer("candidates", candidates)
     generator = torch.Generator().manual_seed(seed)
     best, best_score = None, math.inf
-    for _ in tqdm(range(candidates), desc="scoring prunings", leave=False, delay=2, disable=not progress):
+    for _ in files.progress(range(candidates), desc="scoring prunings", delay=2, show=progress):
         keep = random_keep(model, flops_ratio, generator)
         value = torch.as_tensor(score(prune_channels(copy.deepcopy(model), keep))).item()
         if value < best_score:  # never true of nan

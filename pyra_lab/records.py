@@ -182,10 +182,15 @@ def paper_table(name):
 
 
 def measured_rows(name):
-    """Rows of notebooks/measured/<name>.csv, what was measured on real tasks, as {column: text}; hits as bools, one per test image."""
+    """Rows of notebooks/measured/<name>.csv, what was measured on real tasks, as {column: text}.
+
+    hits, of a single run, become bools, one per test image; accuracy (in %), std and seeds, of several runs, an OverSeeds called accuracy.
+    """
     with open(files.home() / "notebooks" / "measured" / f"{name}.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         if "hits" in row:
             row["hits"] = np.unpackbits(np.frombuffer(bytes.fromhex(row["hits"]), np.uint8))[:int(row["images"])].astype(bool)
+        if "std" in row:
+            row["accuracy"] = OverSeeds(float(row["accuracy"]), float(row.pop("std")), int(row.pop("seeds")))
     return rows

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 import pyra
 from pyra_lab.images import normalize
 from pyra_lab.methods import METHODS, PEFTS
-from pyra_lab.records import OverSeeds, accuracy_over_seeds
+from pyra_lab.records import OverSeeds, accuracy_over_seeds, measured_rows
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 
@@ -220,6 +220,54 @@ def tradeoff(points, costs):
     for ax, key in zip(axes[0], costs):
         label_points(ax, [(point[key], point["accuracy"].mean, point["label"], colour(point["method"])) for point in points])
     plt.show()
+
+
+def dots(rows):
+    """Accuracy as a dot, one panel per task, one line per label, one marker per group. Shows the figure.
+
+    rows: dicts with task, label, method (whose colour the label and its dots have), accuracy (OverSeeds, in %) and group, "" where there is one.
+    """
+    import matplotlib.pyplot as plt
+    labels = {row["label"]: row["method"] for row in rows}  # {label: method}, in their order
+    tasks, groups = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "group"))
+    markers = dict(zip([group for group in groups if group], MARKERS))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1.5 + 2.4 * len(tasks), 0.9 + 0.2 * len(labels)), sharey=True, squeeze=False)
+    for ax, task in zip(axes[0], tasks):
+        for row in (row for row in rows if row["task"] == task):
+            (mean, std, n), ink, marker = row["accuracy"], colour(row["method"]), markers.get(row["group"], "o")
+            bar = dict(xerr=std, capsize=2) if n > 1 else {}
+            ax.errorbar(mean, list(labels).index(row["label"]), fmt=marker, color=ink, markerfacecolor=ink if marker == "o" else "white", **bar)
+        low, high = ax.get_xlim()
+        room = max(0, 10 - (high - low)) / 2  # at least 10 points, so that a small difference looks small
+        ax.set(title=task, xlabel="accuracy, %", xlim=(low - room, high + room))
+        ax.grid(axis="y", linewidth=0.3)
+    axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+    for tick, method in zip(axes[0, 0].get_yticklabels(), labels.values()):
+        tick.set_color(colour(method))
+    if markers:
+        handles = [plt.Line2D([], [], color="black", linestyle="", marker=m, markerfacecolor="black" if m == "o" else "white") for m in markers.values()]
+        figure.legend(handles, markers, loc="outside upper right", ncols=len(markers))
+    plt.show()
+
+
+def show_measured(name, paper=None):
+    """What was measured over seeds on the real tasks, notebooks/measured/<name>.csv, as a table and as dots, beside the paper's.
+
+    paper: {(group, label): the paper's accuracy in %}. Columns of the file beyond those that `dots` needs are averaged over the tasks.
+    """
+    rows, shown, paper = measured_rows(name), {}, {key: value for key, value in (paper or {}).items() if value is not None}
+    for row in rows:
+        shown.setdefault((row["group"], row["label"]), []).append(row)
+    known = ("group", "label", "method", "task", "accuracy")
+    lines = []
+    for key, of_task in shown.items():
+        more = {column: sum(float(row[column]) for row in of_task) / len(of_task) for column in of_task[0] if column not in known}
+        lines.append({"rate": key[0], "": key[1], **more, **{row["task"]: row["accuracy"] for row in of_task}, "paper": paper.get(key)})
+    dropped = {column for column in ("rate", "paper") if not any(line[column] for line in lines)}
+    table([{column: value for column, value in line.items() if column not in dropped} for line in lines],
+          {"MACs, M": ",.0f", "s per epoch": ",.0f", "modulation": ",.0f", "paper": ".2f"})
+    dots(rows + [dict(group=group, label=label, method=shown[group, label][0]["method"], task="the paper", accuracy=OverSeeds(value, 0, 1))
+                 for (group, label), value in paper.items() if (group, label) in shown])
 
 
 def learning_curves(results, names):

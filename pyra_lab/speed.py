@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import pyra
+from pyra_lab import files
 from pyra_lab.batches import sample_indices
 from pyra_lab.config import Config
 from pyra_lab.deploy import pack
@@ -236,7 +236,7 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
         raise ValueError(f"target {asked} is unreachable: it needs {ratio:.3g}x fewer MACs, and merging gives at most {most:.3g}x")
 
     tried, rounds = {}, 5  # {ratio of MACs: Measured}
-    for _ in tqdm(range(tries), desc="fitting the schedule", leave=False):
+    for _ in files.progress(range(tries), desc="fitting the schedule"):
         schedule = pyra.solve_macs(plain, ratio)
         merging = pyra.add_tome(copy.deepcopy(plain), schedule)
         ratio = pyra.count_macs(plain) / pyra.count_macs(merging)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from tqdm import tqdm
 
 from pyra_lab import files, images, layouts
 from pyra_lab.layouts import SPLITS
@@ -276,7 +275,7 @@ def decode_datasets(datasets, img_size):
     for part, dataset in datasets.items():
         pixels, labels = np.empty((len(dataset), 3, img_size, img_size), np.uint8), torch.empty(len(dataset), dtype=torch.int64)
         # in one thread, as Datasets may not expect several
-        for i in tqdm(range(len(dataset)), f"decoding data/{part}", leave=False, delay=2):
+        for i in files.progress(range(len(dataset)), f"decoding data/{part}", delay=2):
             image, label = read_item(dataset, part, i)
             digest.update(f"{part} {image.size} {label} ".encode() + image.tobytes())
             pixels[i], labels[i] = images.resize(image, img_size), label

@@ -19,7 +19,6 @@ from typing import Callable, NamedTuple
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 import pyra
 from pyra_lab import backbones, batches, budget, files, methods, tasks
@@ -250,7 +249,7 @@ def finish(run, model, plan, state):
         torch.cuda.reset_peak_memory_stats(run.device)
 
     metrics, best = None, state["best"] if state else None
-    bar = tqdm(total=epochs, desc=folder.name, initial=len(history), disable=not run.progress or not processes.first, leave=False)
+    bar = files.progress(total=epochs, desc=folder.name, initial=len(history), show=run.progress and processes.first)
     with open_scalars(folder, len(history)) if processes.first and len(history) < epochs else contextlib.nullcontext() as write_scalars:
         for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress):
             check_loss(entry, folder)

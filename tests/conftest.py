@@ -16,6 +16,7 @@ def surroundings(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        patch.setenv("TQDM_DISABLE", "1")  # theirs too: bars would fill their output
         patch.setenv("PYRA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYRA_DATA", str(tmp_path_factory.mktemp("data")))
         for name in ("PYRA_RUNS", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
