@@ -237,10 +237,9 @@ def match(metric, r, specials=1):
     b, n, _ = metric.shape
     best, partner = similarities(metric.detach(), specials).max(dim=-1)  # (b, a)
     src, unmerged = best.argsort(dim=-1, descending=True, stable=True).tensor_split([r], dim=1)
-    unmerged = unmerged.sort(dim=-1).values  # special tokens come first
     front, odd = (torch.arange(*ends, device=metric.device).expand(b, -1) for ends in ((specials,), (specials // 2 * 2 + 1, n, 2)))
     dst = partner.gather(1, src) + unmerged.shape[1]  # nothing merges into the odd special tokens: that they move to the front shifts no dst
-    return Matching(torch.cat([front, 2 * unmerged[:, (specials + 1) // 2:], odd, 2 * src], dim=1), dst)
+    return Matching(torch.cat([front, 2 * unmerged.sort(dim=-1).values[:, (specials + 1) // 2:], odd, 2 * src], dim=1), dst)  # sorted: specials first
 
 def rows(index, n):
     """index (b, m) into the n tokens of each image -> (b m), into the tokens of the whole batch."""
@@ -302,6 +301,7 @@ def modulate(src, dst, w_r, w_d):
 
 class ToMe(nn.Module):
     """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left."""
+    modulate = None  # what becomes of the sources before they merge: (src, dst), each (b, r, c) and weighted by size, -> src
     def __init__(self, r, specials=1):
         super().__init__()
         self.r, self.specials = r, specials
@@ -313,7 +313,7 @@ class ToMe(nn.Module):
         return match(qkv.metric(), (n := qkv.k.shape[2]) - self.tokens_after(n), self.specials)
 
     def forward(self, tokens, qkv):
-        return merge(tokens, self.match(qkv)) if self.tokens_after(tokens.x.shape[1]) < tokens.x.shape[1] else tokens
+        return merge(tokens, self.match(qkv), self.modulate) if self.tokens_after(tokens.x.shape[1]) < tokens.x.shape[1] else tokens
 
     def extra_repr(self):
         return f"r={self.r}"
@@ -325,8 +325,8 @@ class PYRA(ToMe):
         self.w_r = nn.Parameter(torch.empty(r, s).uniform_(-1, 1) / math.sqrt(s))
         self.w_d = nn.Parameter(torch.zeros(s, dim))  # zeros: training starts at ToMe
 
-    def forward(self, tokens, qkv):
-        return merge(tokens, self.match(qkv), lambda src, dst: modulate(src, dst, widen(self.w_r), widen(self.w_d)))
+    def modulate(self, src, dst):
+        return modulate(src, dst, widen(self.w_r), widen(self.w_d))
 
 # ---- The Vision Transformer ------------------------------------------------------------------------------------------
 def drop_path(x, rate):

@@ -28,7 +28,7 @@ class DTEM(pyra.ToMe):
             metric = self.metric(rearrange(keys.detach().to(self.metric.weight.dtype), "b h n d -> b n (h d)"))
         matching = pyra.match(metric, n - self.tokens_after(n), p)
         stay = matching.order[:, :self.tokens_after(n)]
-        return merge_learned(tokens, metric, matching, (stay % 2 == 1) & (stay >= p))
+        return merge_learned(tokens, metric, matching, (stay % 2 == 1) & (stay >= p), self.modulate)
 
 
 @pyra.on_model

@@ -15,6 +15,8 @@ from pyra_lab.reducers.shared import merge_learned
 class FPET(nn.Module):
     """Merges r of every other patch into the most similar one of the others; the keys that it compares are refined by two trained matrices."""
 
+    modulate = None  # as in pyra.ToMe
+
     def __init__(self, r, head_dim, grid, specials=1):
         super().__init__()
         self.r, self.grid, self.specials = r, grid, specials
@@ -51,7 +53,7 @@ class FPET(nn.Module):
         metric = self.refine(qkv.metric())
         matching = self.match(metric)
         place = torch.arange(self.tokens_after(n), device=metric.device)
-        return merge_learned(tokens, metric, matching, (place >= len(place) - (n - self.specials) // 2).expand(len(metric), -1))  # the odd ones
+        return merge_learned(tokens, metric, matching, (place >= len(place) - (n - self.specials) // 2).expand(len(metric), -1), self.modulate)  # the odd ones
 
     def extra_repr(self):
         return f"r={self.r}"

@@ -22,10 +22,6 @@ class OneRow(pyra.ToMe):
         r = src.shape[1]
         return pyra.modulate(src, dst, pyra.widen(self.w_r).expand(r, -1) / math.sqrt(r), pyra.widen(self.w_d))
 
-    def forward(self, tokens, qkv):
-        n = tokens.x.shape[1]
-        return tokens if self.tokens_after(n) == n else pyra.merge(tokens, self.match(qkv), self.modulate)
-
     def extra_repr(self):
         return f"r={self.r}, s={self.w_r.shape[1]}"
 
