@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -68,3 +69,11 @@ def test_file_lock_excludes_other_processes_until_its_holder_ends(tmp_path, kind
     first.join(60), second.join(60)
     assert files.lock(descriptor, wait=False) is True
     os.close(descriptor)
+
+
+def test_progress_is_hidden_where_it_is_not_wanted():
+    """In a process of its own: tqdm reads TQDM_DISABLE when it is imported."""
+    code = "from pyra_lab import files; print([files.progress(range(2), **o).disable for o in ({}, {'show': True}, {'show': False})])"
+    for environment, hidden in (({}, [False, False, True]), ({"TQDM_DISABLE": "1"}, [True, True, True])):
+        env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | environment
+        assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout == f"{hidden}\n"

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import rows, tiny
+from helpers import ROOT, rows, tiny
 
 import pyra
 from pyra_lab import METHODS, Method, Result, report
@@ -163,3 +163,41 @@ def test_merged_tokens_fills_each_token_with_its_mean_colour(canvas):
             mean = (image.float() / 255)[:, same].mean(dim=1)
             middle = picture[int((row + 0.5) * 4 * scale), int((column + 0.5) * 4 * scale)]  # a line runs along the upper and left edges
             assert middle == pytest.approx(mean.numpy(), abs=1e-5)
+
+
+# ---- What was measured ------------------------------------------------------------------------------------------------
+
+
+def written(monkeypatch, tmp_path, text):
+    """notebooks/measured/mine.csv in a home of its own."""
+    (tmp_path / "notebooks" / "measured").mkdir(parents=True)
+    (tmp_path / "notebooks" / "measured" / "mine.csv").write_text(text)
+    monkeypatch.setattr(report.measured_rows.__globals__["files"], "home", lambda: tmp_path)
+
+
+def test_measured_rows_are_shown_per_task_beside_the_papers(canvas, said, monkeypatch, tmp_path):
+    written(monkeypatch, tmp_path, 'group,label,method,task,"MACs, M",seeds,accuracy,std\n'
+            'low,ToMe,tome,a,620,3,60.0,1.5\nlow,ToMe,tome,b,622,1,80.0,0\nhigh,ToMe,tome,a,367,3,50.0,2.0\nhigh,PYRA,pyra,a,367,3,55.5,1.0\n')
+    report.show_measured("mine", {("low", "ToMe"): 74.1, ("high", "ToMe"): None, ("high", "EViT"): 65.79})
+    assert said[0].splitlines() == [
+        "| rate |  | MACs, M | a | b | paper |", "| --- | --- | ---: | ---: | ---: | ---: |", "| low | ToMe | 621 | 60.0 ± 1.5 | 80.0 | 74.10 |",
+        "| high | ToMe | 367 | 50.0 ± 2.0 | – | – |", "| high | PYRA | 367 | 55.5 ± 1.0 | – | – |"]
+    axes = canvas.gcf().axes
+    assert [ax.get_title() for ax in axes] == ["a", "b", "the paper"] and [tick.get_text() for tick in axes[0].get_yticklabels()] == ["ToMe", "PYRA"]
+    drawn = [sorted(float(x) for container in ax.containers for x in container.lines[0].get_xdata()) for ax in axes]
+    assert drawn == [[50.0, 55.5, 60.0], [80.0], [74.1]]
+    assert [sum(bool(container.lines[2]) for container in ax.containers) for ax in axes] == [3, 0, 0]  # bars of several seeds alone
+    assert all(np.ptp(ax.get_xlim()) >= 9.99 for ax in axes) and axes[0].get_yticklabels()[1].get_color() == report.COLOURS["pyra"]
+
+
+def test_a_file_without_groups_has_no_rates_and_no_legend(canvas, said, monkeypatch, tmp_path):
+    written(monkeypatch, tmp_path, "group,label,method,task,seeds,accuracy,std\n,LoRA,plain,a,3,60.0,1.5\n,LoRA + ToMe,tome,a,3,50.0,1.5\n")
+    report.show_measured("mine")
+    assert said[0].splitlines()[0] == "|  | a |" and not canvas.gcf().legends
+
+
+def test_each_measured_file_is_drawn_in_the_notebook_of_its_name():
+    for file in (ROOT / "notebooks" / "measured").glob("*.csv"):
+        if "std" in file.read_text().splitlines()[0].split(","):
+            assert f'show_measured(\\"{file.stem}\\"' in (ROOT / "notebooks" / f"{file.stem}.ipynb").read_text()
+            assert {row["method"] for row in report.measured_rows(file.stem)} <= METHODS.keys()
