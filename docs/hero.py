@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 
 ACCURACY = {"plain": 74.76, "tome": 70.43, "pyra": 72.06}  # %, the paper's
 SPEED = {"plain": 5.6, "tome": 19.4, "pyra": 19.2}  # images/s, ours, packed for the CPU
-TITLES = {"plain": "LoRA", "tome": "+ ToMe", "pyra": "+ PYRA"}
+TITLES = {"plain": "LoRA", "tome": "+ ToMe, high", "pyra": "+ PYRA, high"}
 
 model = pyra.load_pretrained(pyra.create_model("vit_tiny_patch16_224"), sys.argv[1]).eval()
 pyra.add_tome(model, pyra.merge_schedule("high"))
