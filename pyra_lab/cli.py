@@ -92,8 +92,8 @@ def benchmark_command(argv):
 
 
 def check_command(argv):
-    parser = make_parser("check", "Checks tasks of lists: VTAB-1k's against the paper's Table 1, and your own")
-    parser.add_argument("root", help="the folder that holds the tasks' folders, or the folder of one task")
+    parser = make_parser("check", "Checks tasks: VTAB-1k's against the paper's Table 1, your own lists, or a tree with one folder per class")
+    parser.add_argument("root", help="the folder that holds the tasks' folders, or the folder of one task; also folder:/path or stream:/path")
     parser.add_argument("tasks", nargs="*", metavar="task", help="only these of the tasks in it")
     parser.add_argument("--quick", action="store_true", help="don't decode the images, which takes most of the time")
     args = parser.parse_args(argv)

@@ -63,6 +63,11 @@ def file_lock(path):
         yield lock(file)
 
 
+def shorten(items, most=5):
+    """The first few of a list, as text, and how many more there are."""
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
 def progress(*args, show=True, **kwargs):
     """tqdm's bar, in a notebook as a widget: gone when it is complete, unless leave says otherwise; with TQDM_DISABLE=1, or without show, none."""
     hidden = {} if show else {"disable": True}  # left out, it is what the environment says

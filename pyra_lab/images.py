@@ -85,24 +85,44 @@ def map_cached(file, shape):
         return None
 
 
-def decode(paths, size, cached, partial, title):
-    """Writes image files as a .npy file of uint8 (n, 3, size, size). It gets its name when it is complete, so nobody reads half a file."""
+def decode(paths, size, cached, partial, title, others):
+    """Writes image files as a .npy file of uint8 (n, 3, size, size). It gets its name when it is complete, so nobody reads half a file.
+
+    Raises one ValueError for all that can't be read, among others() too, which are read in that case only.
+    """
+    unread = []
+
+    def read(path):
+        try:
+            return resize(read_image(path), size)
+        except ValueError as error:
+            return str(error).removeprefix(f"{path} is not an image that can be read: ")
+
     try:
         with open(partial, "wb") as out:
             out.write(npy_header((len(paths), 3, size, size)))
-            for image in map_threads(lambda path: resize(read_image(path), size), paths, f"decoding {title}"):
-                out.write(image.tobytes())  # not through a mapping: on a full disk, that kills the process
+            for path, image in zip(paths, map_threads(read, paths, f"decoding {title}")):
+                if isinstance(image, str):
+                    unread.append((path, image))
+                elif not unread:
+                    out.write(image.tobytes())  # not through a mapping: on a full disk, that kills the process
+        if unread:
+            rest = others()
+            unread += [(path, why) for path, why in zip(rest, map_threads(read, rest, "looking for others that can't be read")) if isinstance(why, str)]
+            files_of_them, reason = files.shorten([path for path, _ in unread]), f"{'' if len(unread) == 1 else 'the first: '}{unread[0][1]}"
+            raise ValueError(f"{len(unread):,} of {len(paths) + len(rest):,} images can't be read: {files_of_them} ({reason}): delete or repair them")
         os.replace(partial, cached)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_cached(paths, size, title, key, cache=None):
+def load_cached(paths, size, title, key, cache=None, others=list):
     """Image files -> uint8 array (n, 3, size, size), decoded once: later calls with the same title, size and key map the cached file.
 
     title: task/split, for the progress bar and the cache file's name; key: changes when a file changes; cache: a folder, by default
     the environment variable PYRA_CACHE, or else runs/cache in the checkout (installed: in the current folder). Of several processes
-    that ask at the same time one decodes and the others wait. Raises ValueError for an unreadable image and for a full disk.
+    that ask at the same time one decodes and the others wait. others: a function that lists the task's other files; where an image can't be
+    read, those are tried too. Raises ValueError for unreadable images, all in one sentence, and for a full disk.
     """
     folder = Path(os.path.expanduser(cache or os.environ.get("PYRA_CACHE") or files.home() / "runs" / "cache"))
     cached = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', title)[-100:]}-{size}-{key}.npy"
@@ -121,7 +141,7 @@ def load_cached(paths, size, title, key, cache=None):
                 needed = len(paths) * 3 * size**2
                 if shutil.disk_usage(folder).free < needed:
                     raise ValueError(f"{folder} has no space for {needed / 1e9:.1f} GB of decoded images: free some, or set PYRA_CACHE")
-                decode(paths, size, cached, partial, title)
+                decode(paths, size, cached, partial, title, others)
                 images = map_cached(cached, shape)
     except OSError as error:
         raise ValueError(f"{folder} can't take the decoded images ({error.strerror or error}): fix that, or set PYRA_CACHE") from error

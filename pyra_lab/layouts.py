@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pyra_lab import images
+from pyra_lab.files import shorten
 
 SPLITS = ("train800", "val200", "train800val200", "test")  # VTAB-1k's names, used for every task whatever its size
 PARTS = {"train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val", "valset": "val",
@@ -21,11 +22,6 @@ FILLERS = {"set", "data", "dataset", "split", "images", "image", "imgs", "img"} 
 SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
           "system volume information", "lost+found", "found.000", "network trash folder", "temporary items",
           "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems leave among others' files, besides names with a dot in front
-
-
-def shorten(items, most=5):
-    """The first few of a list, as text, and how many more there are."""
-    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------

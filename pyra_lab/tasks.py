@@ -138,8 +138,8 @@ def load_split(task, split, img_size=224, root=None, cache=None):
 
     task: a name as find_task takes it, or the Task that it returned; split: one of SPLITS; root: as in find_task; cache: as in
     images.load_cached. Files are decoded once; later calls map the cached array, which is found by the task's folder, the list's lines and
-    what the file system says of each image. Raises what find_task raises, ValueError for an unknown split, an unreadable image, a full disk, a stream
-    or own_task's Task, and FileNotFoundError for a missing image.
+    what the file system says of each image. Raises what find_task raises, ValueError for an unknown split, for unreadable images (of all splits,
+    in one sentence), a full disk, a stream or own_task's Task, and FileNotFoundError for a missing image.
     """
     check_split(split)
     images.check_img_size(img_size)
@@ -153,11 +153,12 @@ def load_split(task, split, img_size=224, root=None, cache=None):
         return torch.from_numpy(np.stack([images.resize(Image.fromarray(image), img_size) for image in drawn])), torch.from_numpy(labels)
 
     if task.group == "Folder":
-        tree = layouts.split_tree(task.path)[0][split]
-        check_classes(task, tree)
-        items = [(file, label) for label, name in enumerate(task.classes) for file in tree[name]]
+        trees = layouts.split_tree(task.path)[0]
+        check_classes(task, trees[split])
+        items_of = lambda split: [(file, label) for label, name in enumerate(task.classes) for file in trees[split][name]]
     else:
-        items = [(task.path / file, label) for file, label, _ in layouts.read_list(task.path / f"{split}.txt")]
+        items_of = lambda split: [(task.path / file, label) for file, label, _ in layouts.read_list(task.path / f"{split}.txt")]
+    items = items_of(split)
     path = task.path.resolve()
     key = hashlib.sha256(f"{images.VERSION} {img_size} ".encode() + os.fsencode(path))
     for file, label in items:
@@ -170,7 +171,9 @@ def load_split(task, split, img_size=224, root=None, cache=None):
         # size and mtime survive a copy and some edits; ctime and inode don't (of copies on disk, this costs a decoding)
         found = f" {label} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         key.update(os.fsencode(os.path.relpath(file, task.path)) + found.encode())
-    pixels = images.load_cached([file for file, _ in items], img_size, f"{path.name}/{split}", key.hexdigest()[:16], cache)
+    paths = [file for file, _ in items]
+    others = lambda known=frozenset(paths): list(dict.fromkeys(file for other in SPLITS for file, _ in items_of(other) if file not in known))
+    pixels = images.load_cached(paths, img_size, f"{path.name}/{split}", key.hexdigest()[:16], cache, others)
     return torch.from_numpy(pixels), torch.tensor([label for _, label in items])
 
 

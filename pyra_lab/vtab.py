@@ -1,4 +1,4 @@
-"""VTAB-1k's 19 tasks: Table 1 of the paper's supplement as data, and the check of tasks of lists, of VTAB-1k's against it."""
+"""VTAB-1k's 19 tasks: Table 1 of the paper's supplement as data, and the check of tasks: of VTAB-1k's against it, of lists and of trees."""
 
 import functools
 import hashlib
@@ -64,7 +64,7 @@ def find_folder(name, root):
 
 class Finding(NamedTuple):
     """One fault of a task that check found, or a note."""
-    kind: str  # task, list, line, count, class, label, union, duplicate, overlap, missing, unreadable; or note, which is no fault
+    kind: str  # task, tree, list, line, count, class, label, union, duplicate, overlap, missing, unreadable; or note, which is no fault
     text: str  # what is wrong, with the list and the line if it is about one
 
 
@@ -194,6 +194,39 @@ def check_task(name, folder, quick):
     return found
 
 
+def read_tree(path, streamed):
+    """A tree with one folder per class -> {part: {class: files}}, as a run would use its parts, and what of it is left out. Raises ValueError, OSError."""
+    if not streamed:
+        splits, skipped = layouts.split_tree(path)
+        return {f"to {use} on ({split})": splits[split] for use, split in (("train", "train800"), ("select", "val200"), ("test", "test"))}, skipped
+    (tree, skipped), visited = layouts.find_stream(path), {}
+    return {f"to {use} on ({part}/)": {name: layouts.list_images(folder, skipped, visited) for name, folder in tree[part].items()}
+            for use, part in (("train", "train"), ("test", "val"))}, skipped
+
+
+def check_tree(path, streamed, quick):
+    """The findings of a tree with one folder per class: images per class and part and what is left out, as notes; what can't be read, as faults."""
+    try:
+        parts, skipped = read_tree(path, streamed)
+    except (OSError, ValueError) as error:  # a tree that can be read in two ways, or not at all
+        return [Finding("tree", str(error))]
+    found, paths = [], []
+    for part, folders in parts.items():
+        counts = [f"{name} {len(paths_of_class):,}" for name, paths_of_class in folders.items()]
+        found.append(Finding("note", f"{part}: {sum(map(len, folders.values())):,} images: {layouts.shorten(counts, 30)}"))
+        paths += [file for paths_of_class in folders.values() for file in paths_of_class]
+    if left := layouts.describe_left(path, skipped):
+        found.append(Finding("note", left))
+    looks = images.map_threads(lambda file: examine_file(file, decode=True), paths, f"checking {path.name}") if not quick else ()
+    return found + [Finding("unreadable", error) for _, _, error in looks if error]
+
+
+def is_tree(root):
+    """Whether a folder is rather a tree with one folder per class than a folder of tasks, or a task of lists."""
+    folders = [folder for folder in root.iterdir() if folder.is_dir()]
+    return any(root.iterdir()) and not any(map(layouts.has_lists, [root, *folders])) and not any(folder.name in {*VTAB, *ALIASES} for folder in folders)
+
+
 def find_tasks(root, names):
     """The tasks to check -> {name: folder, or None where a task of VTAB-1k has none}. Raises ValueError for a name that is no task."""
     if not names and layouts.has_lists(root):  # root is a task itself
@@ -210,24 +243,34 @@ def find_tasks(root, names):
 
 
 def check(root, names=(), quick=False):
-    """Compares tasks of lists with what they must be -> {task: [Finding, ...]}. A task without faults has an empty list, or notes only.
+    """Compares tasks with what they must be -> {task: [Finding, ...]}. A task without faults has an empty list, or notes only.
 
-    root: a folder of tasks, VTAB-1k's or your own, or the folder of one task. names: which of its tasks, VTAB-1k's under any of their
+    root: a folder of tasks of lists, VTAB-1k's or your own, or the folder of one task; or a tree with one folder per class, also as
+    folder:/path or stream:/path, of which it notes the images per class. names: which of its tasks, VTAB-1k's under any of their
     names; () for all: VTAB-1k's 19, unless only your own are there, and your own. Checked for each task: its folder, the four lists and
     every listed image exist; counts, labels and classes are Table 1's (for your own: labels are classes.txt's); train800val200 is the
     other two lists together; no image is listed twice, or in both train and test, for your own under any name; every image can be
     decoded. quick: don't open images, except where names alone don't prove that the union is right.
     Raises FileNotFoundError for a root that isn't a folder, ValueError for a name that is no task.
     """
+    kind, colon, path = str(root).partition(":")
+    kind, root = (kind, path) if colon and kind in ("folder", "stream") else ("", root)
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
+    if kind or not names and is_tree(root):
+        if names:
+            raise ValueError(f"{kind}:{root} is one task: leave out {', '.join(names)}")
+        return {f"{kind or 'folder'}:{root}": check_tree(root, kind == "stream", quick)}
     missing = lambda name: [Finding("task", f"no folder {' or '.join(list_names(name))}")]
     return {name: check_task(name, folder, quick) if folder else missing(name) for name, folder in find_tasks(root, names).items()}
 
 
 def report(findings, most=5):
-    """What check returned, as text: one line per task, then its faults and notes, at most `most` of each kind, and a summary at the end."""
+    """What check returned, as text: one line per task, then its faults and notes, at most `most` of each kind, and a summary at the end.
+
+    Of images that can't be read it lists up to a hundred, as they are to be deleted or repaired one by one.
+    """
     plural = lambda n: f"{n:,} fault" + "s" * (n != 1)
     lines, missing, faults = [], 0, []
     for name, found in findings.items():
@@ -239,8 +282,9 @@ def report(findings, most=5):
         lines.append(f"{name:21} {plural(faults[-1]) if faults[-1] else 'ok'}")
         for kind in dict.fromkeys(finding.kind for finding in found):
             texts = [finding.text for finding in found if finding.kind == kind]
-            lines += [f"    {'note: ' * (kind == 'note')}{text}" for text in texts[:most]]
-            lines += [f"    ... and {len(texts) - most:,} more of this kind ({kind})"] * (len(texts) > most)
+            shown = max(most, 100) if kind == "unreadable" else most
+            lines += [f"    {'note: ' * (kind == 'note')}{text}" for text in texts[:shown]]
+            lines += [f"    ... and {len(texts) - shown:,} more of this kind ({kind})"] * (len(texts) > shown)
     ok = faults.count(0)
     lines.append(f"{ok} of {len(findings)} tasks ok, {missing} missing, {len(faults) - ok} with {plural(sum(faults))}")
     return "\n".join(lines)

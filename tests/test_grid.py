@@ -240,7 +240,7 @@ def test_a_user_error_ends_its_run_and_the_others_continue(task, tmp_path, capfd
     os.truncate(photo, 40)
     bad, good = grid.run_grid([small(f"folder:{broken}"), small(task)], 2, tmp_path / "runs", progress=False)
     assert bad is None and good.accuracy_last >= 0
-    assert f"{photo.name} is not an image that can be read" in capfd.readouterr().err
+    assert f"1 of 45 images can't be read: {photo} (" in capfd.readouterr().err
     assert all(log.read_text().count("$ ") == 1 for log in (tmp_path / "runs" / "logs").iterdir())  # none was tried again
 
 

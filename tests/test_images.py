@@ -244,7 +244,7 @@ def test_a_failed_decoding_leaves_nothing(load, tmp_path):
     write_image(tmp_path / "1.png", size=(100, 100))
     for content in (b"not an image", (tmp_path / "1.png").read_bytes()[:150]):
         (tmp_path / "1.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"1.png is not an image that can be read"):
+        with pytest.raises(ValueError, match=r"^1 of 6 images can't be read: \S+/1.png \(.+\): delete or repair them$"):
             load()
         assert cached_suffixes(tmp_path) == [".lock"]
 

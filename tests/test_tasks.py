@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_a_folder_task(tmp_path):
     for pixels, labels in data.values():
         assert pixels[:, 1, 0, 0].tolist() == [len(task.classes[label]) for label in labels]  # green is the class
     assert torch.equal(load_split(name, "test", 4, cache=tmp_path / "other")[0], data["test"][0])  # seeded
+
+
+@pytest.mark.parametrize("kind", ["folder", "lists"])
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, kind):
+    """Whatever split they are in; the first few, then a count."""
+    if kind == "folder":
+        write_tree(tmp_path / "birds", {"cat": 25, "horse": 50})
+        name, broken, total = f"folder:{tmp_path}/birds", [*(f"cat/{i}.png" for i in range(0, 25, 5)), "horse/0.png", "horse/49.png"], 75
+    else:
+        write_lists(tmp_path / "birds")
+        name, broken, total = "birds", ["images/train800/000001.png", "images/val200/000002.png", "images/test/000000.png"], 15
+    for file in broken:
+        (tmp_path / "birds" / file).write_bytes(b"no image")
+    with pytest.raises(ValueError) as caught:
+        load_split(name, "train800", 4, tmp_path, tmp_path / "cache")
+    named = re.findall(r"birds/(\S+png)", str(caught.value))
+    assert len(set(named)) == min(5, len(broken)) and set(named) <= set(broken) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{len(broken)} of {total} images can't be read: {tmp_path}/birds/")
+    more = " and 2 more" * (kind == "folder")
+    assert str(caught.value).endswith(f"png{more} (the first: it begins like no format that Pillow knows): delete or repair them")
+    assert not list((tmp_path / "cache").glob("*.npy"))
 
 
 def write_stream(root):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_image, write_lists
+from helpers import write_image, write_lists, write_tree
 from PIL import Image
 
 from pyra_lab import vtab
@@ -209,11 +209,39 @@ def test_report_shortens_long_lists(tmp_path, pool):
     assert len(check(tmp_path, ["kitti"])["kitti"]) == 711
 
 
+def test_check_of_a_tree(tmp_path):
+    """Images per class and part, what is left out, and what can't be read; whatever kind it is given as."""
+    for part, count in (("train", 10), ("val", 2)):
+        write_tree(tmp_path / "pets" / part, {"cat": count, "horse": 2 * count})
+    (tmp_path / "pets/train/cat/notes.txt").write_text("none")
+    left = f"note: {tmp_path}/pets: 1 left out: files that aren't images (1: .txt); see data/README.md"
+    texts = lambda given, **options: {name: [f"{finding.kind}: {finding.text}" for finding in found] for name, found in check(given, **options).items()}
+    expected = {f"folder:{tmp_path}/pets": [
+        "note: to train on (train800): 24 images: cat 8, horse 16", "note: to select on (val200): 6 images: cat 2, horse 4",
+        "note: to test on (test): 6 images: cat 2, horse 4", left]}
+    assert texts(tmp_path / "pets") == texts(f"folder:{tmp_path}/pets") == expected
+    assert texts(f"stream:{tmp_path}/pets") == {f"stream:{tmp_path}/pets": [
+        "note: to train on (train/): 30 images: cat 10, horse 20", "note: to test on (val/): 6 images: cat 2, horse 4", left]}
+    for i in range(7):
+        (tmp_path / f"pets/train/horse/{i}.png").write_bytes(b"no image")
+    (tmp_path / "pets/val/cat/0.png").write_bytes(b"no image")
+    found = texts(tmp_path / "pets")[f"folder:{tmp_path}/pets"]
+    assert found[:4] == expected[f"folder:{tmp_path}/pets"] and len(found) == 12 and all(text.startswith("unreadable: ") for text in found[4:])
+    out = vtab.report(check(tmp_path / "pets")).splitlines()
+    assert out[0] == f"folder:{tmp_path}/pets 8 faults" and len(out) == 14  # all of them are named
+    assert texts(tmp_path / "pets", quick=True) == expected
+    shutil.rmtree(tmp_path / "pets/val")
+    (finding,), = check(tmp_path / "pets").values()
+    assert finding.kind == "tree" and "pets has train/ but neither val/ nor test/" in finding.text
+
+
 def test_check_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         check(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'birds' is neither one of VTAB-1k's 19 tasks .cifar100, .* nor a folder with lists in "):
         check(tmp_path, ["kitti", "birds"])
+    with pytest.raises(ValueError, match="folder:.* is one task: leave out kitti$"):
+        check(f"folder:{tmp_path}", ["kitti"])
     found = check(tmp_path)
     assert {finding.kind for task in found.values() for finding in task} == {"task"} and len(found) == 19
     assert found["cifar100"][0].text == "no folder cifar100 or cifar"
