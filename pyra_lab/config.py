@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -36,7 +37,8 @@ class Config:
     backbone: str = option("vit_nano_patch4_56", "timm's name; with .mae: average pooling", BACKBONES)
     weights: str | None = option(None, "a file or a name on the Hugging Face hub; 'none': random; by default the backbone's own")
     method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
-    rate: str | float | list = option("high", "low, high, a ratio F/f for Eq. (1), or the schedule itself, a list with one entry per block")
+    rate: str | float | list = option(
+        "high", "low, high, a ratio (how many times fewer operations, roughly: F/f of Eq. (1)), or the schedule itself, a list with one entry per block")
     img_size: int | None = option(None, "pixels of a side; by default the backbone's: 224 for most")
     s: int = option(1, "rank of PYRA's generators")
     peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
@@ -143,7 +145,9 @@ def check_types(config):
             raise ValueError(f"{f.name} must be of type {expected}, not {value!r}")
         choices = f.metadata["choices"]
         if choices is not None and value not in (*choices, *([None] if f.default is None else [])):
-            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"did you mean {near[0]}? (run --help lists them)" if near else f"it must be one of {', '.join(choices)}"
+            raise ValueError(f"{f.name} {value!r} is unknown; {hint}")
 
 
 LEAST = dict(epochs=1, img_size=1, second_epochs=0, warmup=0, batch_size=1, micro_batch=1, s=1, lora_rank=1, peft_dim=1, eval_every=0, workers=0)
@@ -229,9 +233,12 @@ def read_value(text, kinds):
 
 
 def help_of(f):
-    """A field's help: its meaning, its choices with theirs, its default."""
+    """A field's help: its meaning, its choices with theirs, or the field before it that has the same ones, and its default."""
     text, rows = f.metadata["help"], f.metadata["choices"] or {}
-    if any(name not in text for name in rows):
+    first = next((other.name for other in dataclasses.fields(Config) if other.metadata["choices"] is rows), f.name)
+    if first != f.name:
+        text += f"; as --{first}"
+    elif any(name not in text for name in rows):
         helped = [f"{name}: {row.help}" for name, row in rows.items() if hasattr(row, "help")] if isinstance(rows, dict) else []
         text += ". " + "; ".join(helped or rows)
     if f.default is not None:
@@ -239,13 +246,17 @@ def help_of(f):
     return text.replace("%", "%%")
 
 
+MOST = ("task", "backbone", "weights", "norm", "method", "rate", "epochs", "augment", "keep", "train_split")  # what most runs need
+
+
 def parse(argv, prog="python -m pyra_lab run"):
     """Command line -> Config; a list is written as JSON, [16,16,...]."""
     parser = argparse.ArgumentParser(prog=prog, description="One run: trains and evaluates a config, or finds the record of it.", allow_abbrev=False)
     fields = dataclasses.fields(Config)
-    for f in fields:
+    needed, rest = parser.add_argument_group("what most runs need"), parser.add_argument_group("the rest")
+    for f in sorted(fields, key=lambda f: MOST.index(f.name) if f.name in MOST else len(MOST)):
         flag = dict(nargs="?", const="True") if f.type is bool else {}  # --checkpoint is --checkpoint True
-        parser.add_argument(f"--{f.name}", metavar="True" if f.type is bool else "…", **flag, help=help_of(f))
+        (needed if f.name in MOST else rest).add_argument(f"--{f.name}", metavar="True" if f.type is bool else "…", **flag, help=help_of(f))
     given = vars(parser.parse_args(argv))
     return Config(**{f.name: read_value(given[f.name], f.type) for f in fields if given[f.name] is not None})
 
