@@ -182,13 +182,13 @@ def interpolate_monotone(points, target):
     return x * target / y
 
 
-def check_target(speedup, images_per_second, tolerance, tries):
+def check_target(speedup, images_per_second, latency, tolerance, tries):
     """Raises ValueError unless one target is given that asks for merging."""
     if tries < 1 or not tolerance > 0:
         raise ValueError(f"tries must be at least 1 and tolerance greater than 0, not {tries} and {tolerance}")
-    target = images_per_second if speedup is None else speedup
-    if (speedup is None) == (images_per_second is None) or isinstance(target, (bool, str)) or not 0 < target < math.inf:
-        raise ValueError(f"one of speedup and images_per_second must be a positive number, not {speedup!r} and {images_per_second!r}")
+    targets = [target for target in (speedup, images_per_second, latency) if target is not None]
+    if len(targets) != 1 or isinstance(targets[0], (bool, str)) or not 0 < targets[0] < math.inf:
+        raise ValueError(f"give exactly one of speedup, images_per_second and latency, a positive number, not {targets}")
     if speedup is not None and speedup <= 1:
         raise ValueError(f"speedup must be greater than 1, not {speedup}")
 
@@ -211,29 +211,33 @@ def most_macs_ratio(model, remaining=4):
 
 @pyra.on_model
 def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dtype="float32", device=None, tolerance=0.03, seconds=3.0,
-                 tries=10):
+                 tries=10, latency=None):
     """Finds the merging schedule that makes a model as fast as asked for on this device: the supplement's "minor adjustments
     based on actually tested throughput". Returns a Fitted; the model stays as it is.
 
-    speedup: over the unmerged model; or images_per_second. Each try takes the mildest schedule of Eq. (1)'s family for a number
+    speedup: over the unmerged model; or images_per_second; or latency, in ms per batch. Each try takes the mildest schedule of Eq. (1)'s family for a number
     of MACs and times it in turn with the unmerged model for `seconds` each, in more rounds once the target is near. The next
     try is where an increasing curve through all measurements meets the target. Where no try comes within the tolerance, the
     closest is returned with a warning. ToMe is timed; PYRA is slower by one or two per cent.
     Raises ValueError for a target that is below the unmerged model's speed, or beyond what merging can reach.
     """
     check_timing(batch_size, seconds=seconds, dtypes=[dtype], device=device)
-    check_target(speedup, images_per_second, tolerance, tries)
+    check_target(speedup, images_per_second, latency, tolerance, tries)
+    in_ms = latency is not None
+    say = lambda images_per_second: f"{1000 * batch_size / images_per_second:.4g} ms per batch" if in_ms else f"{images_per_second:.4g} images/s"
     plain = fold(pyra.add_tome(copy.deepcopy(model), 0))
     if speedup is not None:
         target, unmerged, asked, of = speedup, 1.0, f"{speedup:g}x", operator.attrgetter("speedup")
     else:
-        target, asked, of = images_per_second, f"{images_per_second:g} images/s", operator.attrgetter("images_per_second")
+        target, of = 1000 * batch_size / latency if in_ms else images_per_second, operator.attrgetter("images_per_second")
+        asked = say(target)
         unmerged = of(benchmark({"plain": plain}, batch_size, dtype, device, seconds)["plain"])
     if target <= unmerged:
-        raise ValueError(f"the target must be greater than the {unmerged:.4g} images/s of the model without merging, not {target:g}")
+        raise ValueError(f"the target must be {'less' if in_ms else 'greater'} than the {say(unmerged)} of the model without merging, not {asked}")
     ratio, most = target / unmerged, most_macs_ratio(plain)
     if ratio > most:
-        raise ValueError(f"target {asked} is unreachable: it needs {ratio:.3g}x fewer MACs, and merging gives at most {most:.3g}x")
+        fastest = "" if speedup is not None else f": the fastest reachable is about {say(unmerged * most)}"
+        raise ValueError(f"target {asked} is unreachable: it needs {ratio:.3g}x fewer MACs, and merging gives at most {most:.3g}x{fastest}")
 
     tried, rounds = {}, 5  # {ratio of MACs: Measured}
     for _ in files.progress(range(tries), desc="fitting the schedule"):

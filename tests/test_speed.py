@@ -168,7 +168,7 @@ def machine(monkeypatch):
     return timed
 
 
-@pytest.mark.parametrize("asked", [dict(speedup=2.5), dict(images_per_second=250.0)], ids=str)
+@pytest.mark.parametrize("asked", [dict(speedup=2.5), dict(images_per_second=250.0), dict(latency=64.0)], ids=str)
 def test_fit_schedule_meets_what_is_measured(machine, asked):
     model = pyra.add_pyra(pyra.add_lora(nano(), 2), [16] * 11 + [10])
     before = pyra.describe(model)
@@ -182,11 +182,14 @@ def test_fit_schedule_meets_what_is_measured(machine, asked):
 
 @rows("asked, sentence", [
     (dict(speedup=2, tries=0), "tries must be at least 1 and tolerance greater"), (dict(speedup=2, batch_size=0), "batch_size and rounds must be at least 1"),
-    (dict(speedup=2, images_per_second=3), "one of speedup and images_per_second"), (dict(speedup="fast"), "one of speedup"),
+    (dict(speedup=2, images_per_second=3), "give exactly one of speedup, images_per_second and latency, .*not .2, 3."),
+    (dict(speedup="fast"), "one of speedup"),
     (dict(speedup=1.0), "speedup must be greater than 1, not 1.0"),
-    (dict(images_per_second=99), "must be greater than the 100 images/s of the model without merging, not 99"),
+    (dict(images_per_second=99), "must be greater than the 100 images/s of the model without merging, not 99 images/s"),
     (dict(speedup=50), r"target 50x is unreachable: it needs 50x fewer MACs, and merging gives at most 8\.\d+x"),
-    (dict(images_per_second=5000), "target 5000 images/s is unreachable: it needs 50x fewer MACs"),
+    (dict(images_per_second=5000), r"target 5000 images/s is unreachable: .* at most 8\.\d+x: the fastest reachable is about 80\d\.\d images/s$"),
+    (dict(latency=3.2), r"target 3.2 ms per batch is unreachable: .* merging gives at most 8\.\d+x: the fastest reachable is about 19\.\d+ ms per batch$"),
+    (dict(latency=161), "must be less than the 160 ms per batch of the model without merging, not 161 ms per batch"),
 ])
 def test_fit_schedule_refuses(machine, asked, sentence):
     with pytest.raises(ValueError, match=sentence):
