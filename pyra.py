@@ -776,7 +776,8 @@ def read_checkpoint(source):
         try:
             path, suffix = hf_hub_download(path if "/" in path else f"timm/{path}", "model.safetensors"), ".safetensors"
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
-            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error, 200)}") from error
+            raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error).split('. ')[0].rstrip('.')}; "
+                             "without a network pass --weights FILE (data/README.md lists where to get it)") from error
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     try:
@@ -950,8 +951,7 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Loads what save_adapter wrote. Returns the model. Raises FileNotFoundError, or ValueError naming what differs; the model is then as it was."""
     from safetensors import safe_open
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path := os.path.expanduser(path)):
         raise FileNotFoundError(f"there is no adapter {path!r}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -26,8 +26,8 @@ def find_result(source):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
         return release.pull(name)
     near = difflib.get_close_matches(name, [file.parent.name for file in runs_folder().glob("*/result.json")], 1, 0.3)
-    hint = f"did you mean {near[0]}?" if near else f"{runs_folder()} holds no finished run of that name"
-    raise FileNotFoundError(f"{name!r} is no finished run, none's folder or adapter, no .onnx file and no user/name on the hub; {hint}")
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise FileNotFoundError(f"there is no finished run, run folder, adapter, .onnx file or hub name {name!r} (runs are in {runs_folder()}){hint}")
 
 
 def predictor(source, device=None, weights=None):

@@ -46,11 +46,15 @@ def published(result, weights=None):
 
 def load_with(result, weights=None):
     """load_run, with other weights for the backbone if given: a file or a name on the hub. Raises FileNotFoundError, ValueError."""
-    wanted = weights or result.config["weights"]
+    wanted, exported = weights or result.config["weights"], Path(result.folder) / "model.onnx"
+    otherwise = f", or predict with {exported}, which needs none" if exported.is_file() else ""
     if weights is None and wanted != SHIPPED and Path(wanted).suffix in pyra.SUFFIXES and not os.path.isfile(wanted):
         raise FileNotFoundError(f"the backbone's weights are not here, which were {wanted} where this model was trained: "
-                                "pass weights, a file of the same or its name on the hub")
-    return load_run(dataclasses.replace(result, config={**result.config, "weights": wanted}))
+                                f"pass weights (--weights FILE), a file of the same or its name on the hub{otherwise}")
+    try:
+        return load_run(dataclasses.replace(result, config={**result.config, "weights": wanted}))
+    except ValueError as error:  # the hub did not give them
+        raise ValueError(f"{error}{otherwise}") from error
 
 
 # ---- The card --------------------------------------------------------------------------------------------------------

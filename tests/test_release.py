@@ -71,8 +71,11 @@ def test_to_the_hub_and_back(result, hub, tmp_path, monkeypatch, capsys):
     assert predict("me/colours", photos, device="cpu", weights=weights, progress=False) == expected
     assert predict(folder, photos, device="cpu", weights=weights, progress=False) == expected
     assert [row.classes[0] for row in predict(folder / "model.onnx", photos, progress=False)] == [row.classes[0] for row in expected]
-    with pytest.raises(FileNotFoundError, match="the backbone's weights are not here, which were secret.safetensors where this model was trained: pass weights"):
+    with pytest.raises(FileNotFoundError, match="the backbone's weights are not here, which were secret.safetensors where this model was trained: "
+                                                r"pass weights \(--weights FILE\), .*, or predict with .*me/colours/model.onnx, which needs none$"):
         predict("me/colours", photos, progress=False)
+    with pytest.raises(ValueError, match="'vit_none.tag' is no file here, .* lists where to get it., or predict with .*/release/model.onnx, which needs none$"):
+        predict(folder, photos, weights="vit_none.tag", progress=False)
     assert pull("me/colours").metrics == result.metrics
     with pytest.raises(ValueError, match="'me/shapes' is no run or folder here, and the hub did not give it: 404: no me/shapes"):
         predict("me/shapes", photos)
