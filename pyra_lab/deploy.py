@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import warnings
 from collections import OrderedDict
 
 import numpy as np
@@ -107,10 +108,12 @@ def export_onnx(model, path, mean, std, classes=(), crop=False):
 
     pipeline = nn.Sequential(FromPixels(mean, std), fold(copy.deepcopy(model).float().cpu())).eval()
     images = torch.zeros(2, 3, *(side * model.patch_size for side in model.grid), dtype=torch.uint8)  # two: an axis of length one would be exported as fixed
-    program = torch.onnx.export(
-        pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
-        custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(LeafSpec|treespec)", FutureWarning)  # PyTorch's own use of what it is about to rename
+        program = torch.onnx.export(
+            pipeline, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=[{0: "b"}],
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.index_add.default: index_add},
+        )
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with paths of this machine
     program.model.metadata_props.update(classes=json.dumps(list(classes)), crop=str(bool(crop)))

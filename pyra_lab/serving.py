@@ -14,6 +14,8 @@ import json
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple
 
@@ -182,14 +184,22 @@ class Prediction(NamedTuple):
 
 
 def list_files(folder):
-    """The images in a folder and its sub-folders, sorted: by suffix, or by how a file without one begins; hidden ones are left out."""
-    suffixes, found = list_suffixes(), []
+    """The images in a folder and its sub-folders, sorted: by suffix, or by how a file without one begins; hidden ones are left out.
+
+    Warns, in one line, of files that are no images to this Pillow.
+    """
+    suffixes, found, skipped = list_suffixes(), [], Counter()
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))]
         for path in (os.path.join(place, name) for name in names if not name.startswith((".", "~$"))):
             suffix = os.path.splitext(path)[1].lower()
             if suffix in suffixes or not suffix and is_image(path):
                 found.append(path)
+            else:
+                skipped[suffix or "without a suffix"] += 1
+    if skipped:
+        kinds = ", ".join(sorted(skipped)[:5]) + " ..." * (len(skipped) > 5)
+        warnings.warn(f"{folder}: {skipped.total():,} left out: files that aren't images ({kinds})", stacklevel=1)
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
@@ -326,6 +336,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *place: print(f"serving: note: {message}", file=sys.stderr)
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -104,7 +104,8 @@ def test_what_cannot_be_read_is_a_row(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYRA_RUNS", str(Path(result.folder).parent))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("L", (60, 60)).save(tmp_path / "photos" / "huge.png")
-    cli.main(["predict", Path(result.folder).name, str(tmp_path / "photos"), "--out", str(tmp_path / "out.csv"), "--top", "2", "--device", "cpu"])
+    with pytest.warns(UserWarning, match=r"photos: 1 left out: files that aren't images \(\.txt\)$"):
+        cli.main(["predict", Path(result.folder).name, str(tmp_path / "photos"), "--out", str(tmp_path / "out.csv"), "--top", "2", "--device", "cpu"])
     assert capsys.readouterr().out == f"6 images in {tmp_path}/out.csv, 4 of which can't be read: the column error says why\n"
     table = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert [Path(row["image"]).name for row in table] == ["0.png", "1.png", "broken.jpg", "empty.gif", "huge.png", "text.png"]
@@ -123,6 +124,16 @@ def test_a_process_without_pytorch(trained, tmp_path):
     out = io.StringIO()
     serving.write_csv(predict(folder / "model.onnx", test, progress=False), out)
     assert (tmp_path / "out.csv").read_text() == out.getvalue()
+
+
+def test_a_process_without_pytorch_says_what_it_leaves_out(trained, tmp_path):
+    """In one line, without a place in the code."""
+    write_tree(tmp_path / "photos", {"a": 1})
+    for name in ("photo.heic", "notes.txt", ".hidden"):
+        (tmp_path / "photos" / name).write_text("none")
+    done = subprocess.run([sys.executable, "serving.py", "model.onnx", str(tmp_path / "photos")], cwd=trained[1], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert done.stderr == f"serving: note: {tmp_path}/photos: 2 left out: files that aren't images (.heic, .txt)\n"
 
 
 def bomb():
@@ -164,7 +175,7 @@ def test_the_service_of_the_notebook(trained):
 
 
 @rows("source, given, message", [
-    ("no-such-run", "photo.png", "'no-such-run' is no finished run"),
+    ("no-such-run", "photo.png", "no finished run, run folder, adapter, .onnx file or hub name 'no-such-run'"),
     ("model.onnx", "nowhere", "there is no file or folder 'nowhere'"),
     ("model.onnx", "empty", "empty holds no images"),
     ("model.onnx", np.zeros((3, 4, 4)), "an image must be a file, a PIL image or uint8 .3, h, w., not float64"),
