@@ -8,13 +8,13 @@ from pyra_lab import files
 SHIPPED = "data/vit_nano_patch4_56.safetensors"  # comes with this repository; the name is part of the ids of configs
 
 # What Tables 2 and 3 of the supplement say of each backbone, and the weights and normalisation that go with it. The published
-# code feeds ImageNet's mean and std to the in21k ViTs too, though they were trained with 0.5; so does our default.
+# code feeds ImageNet's mean and std to the in21k ViTs too, though they were trained with 0.5, which `expects` says; so does our default.
 BACKBONES = {
     "vit_nano_patch4_56": dict(weights=SHIPPED, norm="half", lora_rank=8, batch_size=64),
-    "vit_tiny_patch16_224": dict(weights="vit_tiny_patch16_224.augreg_in21k", norm="imagenet", lora_rank=8, batch_size=64),
-    "vit_small_patch16_224": dict(weights="vit_small_patch16_224.augreg_in21k", norm="imagenet", lora_rank=4, batch_size=64),
-    "vit_base_patch16_224": dict(weights="vit_base_patch16_224.orig_in21k", norm="imagenet", lora_rank=8, batch_size=64),
-    "vit_large_patch16_224": dict(weights="vit_large_patch16_224.orig_in21k", norm="imagenet", lora_rank=12, batch_size=32),
+    "vit_tiny_patch16_224": dict(weights="vit_tiny_patch16_224.augreg_in21k", norm="imagenet", expects="half", lora_rank=8, batch_size=64),
+    "vit_small_patch16_224": dict(weights="vit_small_patch16_224.augreg_in21k", norm="imagenet", expects="half", lora_rank=4, batch_size=64),
+    "vit_base_patch16_224": dict(weights="vit_base_patch16_224.orig_in21k", norm="imagenet", expects="half", lora_rank=8, batch_size=64),
+    "vit_large_patch16_224": dict(weights="vit_large_patch16_224.orig_in21k", norm="imagenet", expects="half", lora_rank=12, batch_size=32),
     "vit_base_patch16_224.mae": dict(weights="vit_base_patch16_224.mae", norm="imagenet", lora_rank=8, batch_size=32, global_pool="avg"),
     "vit_large_patch16_224.mae": dict(weights="vit_large_patch16_224.mae", norm="imagenet", lora_rank=12, batch_size=32, global_pool="avg"),
     "deit_small_patch16_224": dict(weights="deit_small_patch16_224.fb_in1k", norm="imagenet", lora_rank=4, batch_size=128),

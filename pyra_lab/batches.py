@@ -44,10 +44,12 @@ class Data(NamedTuple):
     """The images of a run, ready for the device."""
 
     n: int  # training images
+    evaluated: int  # images to evaluate on
     train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
     test: Callable  # (rank, world) -> this process's batches of the images to evaluate on
     sample: Callable  # () -> a few training images, as when evaluating, to calibrate a budget on
     validate: Callable | None = None  # as test, of val200, where the epoch to keep is chosen on it
+    selected: int = 0  # images of val200 then
 
 
 def held_in_memory(load, config, img_size, device, teacher_logits=None):
@@ -74,8 +76,9 @@ def held_in_memory(load, config, img_size, device, teacher_logits=None):
     def sample():
         return normalize(images[sample_indices(len(images)).to(device)], config.norm)
 
-    validate = share_of(*load("val200", img_size)) if config.keep == "best" else None
-    return Data(len(labels), train, share_of(test_images, test_labels), sample, validate)
+    val_images, val_labels = load("val200", img_size) if config.keep == "best" else ((), ())
+    validate = share_of(val_images, val_labels) if config.keep == "best" else None
+    return Data(len(labels), len(test_labels), train, share_of(test_images, test_labels), sample, validate, len(val_labels))
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
@@ -124,4 +127,4 @@ def streamed(task, config, img_size, device):
     def sample():
         return next(read(tasks.stream_split(task, config.train_split, transform), [sample_indices(len(images))]))[0]
 
-    return Data(len(images), train, test, sample)
+    return Data(len(images), len(test_images), train, test, sample)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import statistics
 import sys
 import warnings
@@ -98,6 +99,9 @@ class Source(NamedTuple):
     load: Callable  # (split, img_size) -> uint8 images (n, 3, img_size, img_size), labels (n,); not of a stream
 
 
+logger = logging.getLogger(__name__)
+
+
 class Run(NamedTuple):
     """What stays the same throughout a run."""
 
@@ -149,6 +153,24 @@ def check_run(config, source=None):
     return source
 
 
+def warn_of_norm(config):
+    """Warns where images of one's own would get another normalisation than the default weights were trained with: as VTAB-1k's papers do it."""
+    row, own = backbones.BACKBONES[config.backbone], config.task.startswith(("folder:", "stream:", "data:"))
+    weights = config.weights or row["weights"]
+    theirs = weights == row["weights"] or Path(weights).suffix in pyra.SUFFIXES  # a file: most likely of the same
+    if own and theirs and config.norm is None and row.get("expects", row["norm"]) != row["norm"]:
+        warnings.warn(f"{row['weights']} was trained with norm {row['expects']}, and the default, {row['norm']}, is that of VTAB-1k's papers: "
+                      f"for images of your own pass --norm {row['expects']}", stacklevel=3)
+
+
+def log_counts(config, data):
+    """Logs how many images a run trains, selects and tests on."""
+    use = {"test": "test on", "val200": "select on"}.get(config.eval_split, f"evaluate on ({config.eval_split})")
+    counts = {"train on": data.n, **({"select on": data.selected} if data.selected else {}), use: data.evaluated}
+    (first, n), *others = counts.items()
+    logger.info(", ".join([f"{n:,} images to {first}", *(f"{n:,} to {use}" for use, n in others)]))
+
+
 def run(config, runs=None, progress=True, data=None):
     """Trains and evaluates one config, or finds the record of it. Returns its Result.
 
@@ -161,6 +183,7 @@ def run(config, runs=None, progress=True, data=None):
     source = None
     if data is not None:
         config, source = take_datasets(config, data)
+    warn_of_norm(config)
     return run_source(config, source, runs, progress)
 
 
@@ -184,6 +207,8 @@ def run_source(config, source, runs, progress):
         data = batches.held_in_memory(source.load, config, image_size(config), device, teacher)
     if data.n < processes.world:
         raise ValueError(f"{config.train_split} has {data.n} images, fewer than the {processes.world} processes")
+    if processes.first:
+        log_counts(config, data)
 
     with contextlib.ExitStack() as stack:
         if processes.first:

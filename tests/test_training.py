@@ -9,12 +9,13 @@ import resource
 import shutil
 import signal
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers import (BACKBONE, DTYPE_PARAMS, ONE_STEP, SMALL, UNREAD, WITH_TESTS, adapter, assert_same_run, files_in, identical, interrupted_at, python,
-                     trained, watch_batches, watch_steps, without_seconds, write_class_folders)
+                     rows, trained, watch_batches, watch_steps, without_seconds, write_class_folders)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -497,3 +498,17 @@ def test_refused_files_and_nothing_written(task, tmp_path, monkeypatch, broken):
         run(Config(**fields), runs, progress=False)
     assert "\n" not in str(error.value)
     assert not runs.exists()
+
+
+@rows("fields, warned", [
+    (dict(task="folder:/images"), True), (dict(task="stream:/images"), True), (dict(task="data:0123"), True), (dict(task="dtd"), False),
+    (dict(task="folder:/images", norm="imagenet"), False), (dict(task="folder:/images", weights="none"), False),
+    (dict(task="folder:/images", weights="/downloads/S_16.npz"), True), (dict(task="folder:/images", weights="vit_small_patch16_224.dino"), False),
+    (dict(task="folder:/images", backbone="deit_small_patch16_224"), False), (dict(task="folder:/images", backbone="vit_base_patch16_siglip_224"), False),
+])
+def test_a_norm_that_the_weights_do_not_expect_is_told(fields, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.warn_of_norm(Config(**{"backbone": "vit_small_patch16_224", **fields}))
+    assert [str(w.message) for w in caught] == ["vit_small_patch16_224.augreg_in21k was trained with norm half, and the default, imagenet, is that of "
+                                               "VTAB-1k's papers: for images of your own pass --norm half"] * warned
