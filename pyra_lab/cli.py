@@ -1,22 +1,28 @@
-"""The command line: python -m pyra_lab run | grid | slurm | predict | export | push | schedule | benchmark | check, or pyra-lab where it is installed."""
+"""The command line: python -m pyra_lab, or pyra-lab where it is installed, and one of COMMANDS: run, results, grid ..."""
 
 import argparse
+import contextlib
 import difflib
+import functools
 import json
+import logging
 import os
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from pyra_lab import files, gpu_suite, grid, prediction, release, serving, speed, vtab
+from pyra import first_line
+from pyra_lab import gpu_suite, grid, prediction, release, serving, speed, vtab
 from pyra_lab.backbones import BACKBONES, create_backbone
 from pyra_lab.config import Config, parse, read_value
 from pyra_lab.devices import DTYPES
-from pyra_lab.records import runs_folder
+from pyra_lab.methods import METHODS
+from pyra_lab.records import results, runs_folder
 from pyra_lab.training import run
 
 
@@ -29,8 +35,26 @@ def run_command(argv):
     if int(os.environ.get("RANK", 0)) == 0:
         after = f"in epoch {result.best_epoch + 1}, the best on val200" if result.config["keep"] == "best" else "after the last epoch"
         print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} {after}; record in {result.folder}")
+        name = Path(result.folder).name
+        print(f"next: python -m pyra_lab predict {name} images/ --out predictions.csv\n      python -m pyra_lab export {name} folder")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def results_command(argv):
+    make_parser("results", "The recorded runs, the newest last; in Python: pyra_lab.results(), with all that was recorded").parse_args(argv)
+    rows = sorted(results(), key=lambda row: os.path.getmtime(Path(row["folder"]) / "result.json"))
+    if not rows:
+        print(f"{runs_folder()} holds no finished run")
+        return
+    table = [["id", "task", "method", "rate", "epochs", "accuracy", "MACs, M"]]
+    for row in rows:
+        rate = str(row["rate"]) if row["method"] not in METHODS or "rate" in METHODS[row["method"]].uses else "-"
+        table.append([row["id"], row["task"], row["method"], rate if len(rate) <= 12 else f"{rate[:11]}…", str(row["epochs"]),
+                      f"{row['accuracy']:.4f}", f"{row['macs'] / 1e6:,.1f}"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.ljust(width) if i < 4 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))))
 
 
 def grid_command(argv):
@@ -67,7 +91,7 @@ def benchmark_command(argv):
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: both")
     parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, or reduce-overhead for CUDA graphs")
     parser.add_argument("--training", action="store_true", help="training steps with LoRA, with and without --checkpoint, instead of inference")
-    parser.add_argument("--suite", choices=["gpu"], help="instead of all that: everything that is worth knowing of a GPU, in bf16, written to --out")
+    parser.add_argument("--suite", choices=["gpu"], help="instead of all that the whole GPU suite, in bf16, written to --out")
     parser.add_argument("--out", metavar="FILE.json", help="of the suite: its rows, written after each of its tasks")
     parser.add_argument("--minutes", type=float, default=6.0, help="of the suite, by which it chooses what to leave out (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the suite with tiny models, to see that it runs")
@@ -148,27 +172,27 @@ def schedule_command(argv):
     parser = make_parser("schedule", "The merging schedule, for --rate, that makes a backbone as fast as asked for on this device")
     parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(BACKBONES), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--img_size", type=int, help="pixels of a side (default: the backbone's)")
-    parser.add_argument("--speedup", type=float, help="over the unmerged model")
-    parser.add_argument("--images_per_second", type=float, help="or this")
-    parser.add_argument("--latency", type=float, help="or this: milliseconds per batch")
+    parser.add_argument("--speedup", type=float, help="how many times as fast as the unmerged model; or")
+    parser.add_argument("--images_per_second", type=float, help="this; or")
+    parser.add_argument("--latency", type=float, help="this: milliseconds per batch")
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time when serving (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=3.0, help="to time each try (default: %(default)s)")
     args = parser.parse_args(argv)
-    given = args.images_per_second
-    if args.latency is not None:
-        if given is not None or not args.latency > 0:
-            raise ValueError("--latency must be greater than 0, and given without --images_per_second")
-        given = 1000 * args.batch_size / args.latency
+    target = args.speedup, args.images_per_second, args.latency
+    if target.count(None) != 2:
+        raise ValueError("give exactly one of --speedup, --images_per_second, --latency")
     model = create_backbone(Config(backbone=args.backbone, img_size=args.img_size), 1000)
-    fitted = speed.fit_schedule(model, args.speedup, given, args.batch_size, args.dtype, args.device, seconds=args.seconds)
+    fitted = speed.fit_schedule(model, args.speedup, args.images_per_second, args.batch_size, args.dtype, args.device, seconds=args.seconds,
+                                latency=args.latency)
     print(f"{fitted.speedup:.2f} times as fast, {fitted.images_per_second:.1f} images/s, {fitted.mac_ratio:.2f} times fewer operations", file=sys.stderr)
-    print(json.dumps(fitted.schedule, separators=(",", ":")))
+    print(f"--rate '{json.dumps(fitted.schedule, separators=(',', ':'))}'")
 
 
 COMMANDS = {
     "run": (run_command, "train and evaluate one config: --task dtd --method pyra"),
+    "results": (results_command, "list the recorded runs with their accuracy and cost"),
     "grid": (grid_command, "do many runs on this machine, from a file with one config per line"),
     "slurm": (slurm_command, "write a script that does them as a Slurm array"),
     "predict": (predict_command, "classes and probabilities of images, as CSV, from a run, a model on the hub or an exported file"),
@@ -201,6 +225,22 @@ def main(argv):
     return COMMANDS[command][0](rest)
 
 
+@contextlib.contextmanager
+def notes_on_stderr():
+    """Within it, warnings are one line each, without their place in the code, which would look like a crash; and what a run logs is shown."""
+    say = functools.cache(functools.partial(print, file=sys.stderr))  # each line once: a teacher's run is of the same images
+    handler, logger = logging.Handler(), logging.getLogger("pyra_lab")
+    handler.emit = lambda record: say(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: say(f"{grid.NOTE}{' '.join(str(message).split())}")
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+
 def entry():
     """The process: console script, python -m pyra_lab, and what run_grid and Slurm start. User errors end in one line on stderr."""
     runner = os.environ.pop("PYRA_RUNNER", None)
@@ -209,11 +249,12 @@ def entry():
     try:
         if rows := os.environ.get("PYRA_ROWS"):
             grid.load_rows(rows)
-        sys.exit(main(sys.argv[1:]))
+        with notes_on_stderr():
+            sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         if runner:  # the log of the run keeps the place, too
             traceback.print_exc()
         hint = "; with --micro_batch a device takes fewer images at once" if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.exit(f"{grid.USER_ERROR}{files.first_line(error)}{hint}")
+        sys.exit(f"{grid.USER_ERROR}{first_line(error, 2000)}{hint}")
     except KeyboardInterrupt:
         sys.exit(f"{grid.USER_ERROR}interrupted; a run continues from its last epoch when the command is repeated")

@@ -31,6 +31,7 @@ from pyra_lab.training import check_run, prerequisites
 
 WORKER = [sys.executable, "-m", "pyra_lab", "run"]  # followed by a config's arguments
 USER_ERROR = "pyra_lab: "  # starts the last line of a run's log where repeating the run would fail in the same way
+NOTE = f"{USER_ERROR}note: "  # starts a warning, after which a run goes on
 
 
 # ---- Lists of configs ------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def collect(grid):
         last = last_line(grid.log(name))
         if grid.done(name):
             continue
-        if process.returncode > 0 and last.startswith(USER_ERROR):
+        if process.returncode > 0 and last.startswith(USER_ERROR) and not last.startswith(NOTE):
             grid.fail(name, last.removeprefix(USER_ERROR))
         elif grid.tries[name] == 3:
             grid.fail(name, f"killed by signal {-process.returncode}, three times" if process.returncode < 0 else last)

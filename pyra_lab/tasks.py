@@ -120,6 +120,8 @@ def find_task(name, root=None):
         return read_list_task(name, folder)
     if name in VTAB:
         raise FileNotFoundError(f"Task {name} of VTAB-1k is not in {root}: put its folder there, or set PYRA_DATA (see data/README.md)")
+    if os.path.isdir(os.path.expanduser(name)):
+        raise FileNotFoundError(f"Unknown task {name!r}: it is a folder, so write --task folder:{name}")
     here = [d.name for d in sorted(root.iterdir()) if (d / "test.txt").is_file()] if root.is_dir() else []
     known = list(dict.fromkeys(here + list(DRAWN) + list(VTAB) + list(ALIASES)))
     near = difflib.get_close_matches(name, known, 3, 0.6)

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import shlex
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, forbidden, python
+from helpers import ONE_STEP, ROOT, forbidden, python, rows
 
 from pyra_lab import batches, cli, speed, training, vtab
-from pyra_lab.config import Config, parse
+from pyra_lab.config import MOST, Config, parse
 
 
 def lab(*args, runs):
@@ -25,13 +29,45 @@ def test_a_run_is_recorded(task, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     done = lab("run", *argv, runs=runs)
     assert done.returncode == 0, done.stderr
-    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n", done.stdout)
+    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n"
+                         r"next: python -m pyra_lab predict (.+) images/ --out predictions.csv\n      python -m pyra_lab export (.+) folder\n", done.stdout)
+    assert done.stderr.splitlines() == ["21 images to train on, 3 to select on"]
     config = parse(argv)
+    assert shown[3] == shown[4] == config.id()
     monkeypatch.setattr(training, "build_model", forbidden)  # the record that the other process made is found in this one
     result = training.run(config, runs)
     assert shown[1] == f"{result.accuracy_last:.4f}" and shown[2] == result.folder == str(runs / config.id())
     assert result.token_counts == [197, 157, 117] + [77] * 10
     assert result.config["rate"] == [40] * 3 + [0] * 9 and len(result.history) == 1
+
+
+def test_results(small_backbone, task, tmp_path, monkeypatch, capsys):
+    """Aligned, the newest last; without a rate where the method has none."""
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
+    assert not cli.main(["results"]) and capsys.readouterr().out == f"{tmp_path} holds no finished run\n"
+    done = [training.run(Config(task=task, **{**ONE_STEP, "method": method}), progress=False) for method in ("tome", "plain")]
+    for age, result in enumerate(done):
+        os.utime(f"{result.folder}/result.json", (1e9 - age, 1e9 - age))
+    assert not cli.main(["results"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["id", "task", "method", "rate", "epochs", "accuracy", "MACs,", "M"] and len({len(line) for line in (head, *lines)}) == 1
+    for line, result, rate in zip(lines, done[::-1], ("-", "[10, 6, 3]")):
+        values = [Path(result.folder).name, task, result.config["method"], rate, "1", f"{result.accuracy_last:.4f}", f"{result.macs / 1e6:.1f}"]
+        assert re.split("  +", line.strip()) == values
+
+
+def test_what_a_run_says(task, tmp_path, monkeypatch, capsys):
+    """How many images it has for what, once; warnings as one line without a place in the code, none of them of the libraries below."""
+    monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
+    argv = f"run --task {task} --weights none --epochs 1 --keep best --train_split train800 --batch_size 8 --device cpu --dtype float32 --lora_rank 1"
+    monkeypatch.setattr(sys, "argv", ["pyra-lab", *argv.split()])
+    monkeypatch.setattr(training, "warn_of_norm", lambda config: [warnings.warn("of two\nlines", stacklevel=1) for _ in range(2)])
+    with pytest.raises(SystemExit) as left:
+        cli.entry()
+    assert not left.value.code
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # without bars
+    assert shown == ["pyra_lab: note: of two lines", "18 images to train on, 3 to select on, 24 to test on"]
+    assert not logging.getLogger("pyra_lab").handlers
 
 
 def test_an_error_is_one_line(tmp_path):
@@ -72,7 +108,7 @@ def test_help(capsys):
     assert not cli.main([])
     overview = capsys.readouterr().out
     assert not cli.main(["--help"]) and capsys.readouterr().out == overview
-    for command in ("check", "benchmark", "schedule", "push", "export", "predict", "slurm", "grid", "run"):
+    for command in ("check", "benchmark", "schedule", "push", "export", "predict", "slurm", "grid", "results", "run"):
         assert re.search(rf"^  {command} ", overview, re.MULTILINE)
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
@@ -83,21 +119,26 @@ def test_help(capsys):
         assert f.metadata["help"].split()[0] in shown
         if f.default is not None:
             assert f"(default: {f.default})" in " ".join(shown.split())
+    needed, rest = shown.split("what most runs need:")[1].split("the rest:")
+    assert re.findall(r"^ +--(\w+)", needed, re.MULTILINE) == list(MOST) and not set(re.findall(r"^ +--(\w+)", rest, re.MULTILINE)) & set(MOST)
+    assert "as --backbone" in rest and shown.count("vit_base_patch14_dinov2") == 1
 
 
-@pytest.mark.parametrize("argv, sentence", [
+@rows("argv, sentence", [
     (["grdi", "grid.jsonl"], "there is no command 'grdi'; did you mean grid"),
     (["predictions"], "there is no command 'predictions'; did you mean predict"),
-    (["serve"], "there is no command 'serve'; the commands are run, grid, slurm, predict, export, push, schedule, benchmark, check"),
-    (["schedule", "--latency", "5", "--images_per_second", "9"], "--latency must be greater than 0, and given without --images_per_second"),
-    (["export", "none", "folder"], "'none' is no finished run, none's folder or adapter"),
+    (["serve"], "there is no command 'serve'; the commands are run, results, grid, slurm, predict, export, push, schedule, benchmark, check"),
+    (["schedule", "--latency", "5", "--images_per_second", "9"], "give exactly one of --speedup, --images_per_second, --latency"),
+    (["schedule"], "give exactly one of --speedup, --images_per_second, --latency"),
+    (["schedule", "--latency", "0"], "give exactly one of speedup, images_per_second and latency, a positive number, not .0.0."),
+    (["export", "none", "folder"], "there is no finished run, run folder, adapter, .onnx file or hub name 'none' .runs are in "),
     (["push", "/nowhere", "me/model"], "/nowhere has no README.md, adapter.safetensors, result.json: write it with python -m pyra_lab export"),
     (["--task", "a b"], "the first argument must be a command, one of run, .*; to train, write: python -m pyra_lab run --task 'a b'"),
     (["benchmark", "--training", "--compile", "default"], "--training is measured without --compile"),
     (["benchmark", "--suite", "gpu"], "--suite needs --out, the file that it writes"), (["benchmark", "--out", "gpu.json"], "and --out belongs to --suite"),
     (["slurm", "grid.jsonl", "--max", "0"], "--max must be at least 1, not 0"),
     (["check", "/nowhere"], "/nowhere is not a folder"),
-], ids=str)
+])
 def test_what_is_refused_in_a_sentence(argv, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         cli.main(argv)
@@ -122,6 +163,13 @@ def test_benchmark(capsys, monkeypatch):
     monkeypatch.setattr(speed, "training_table", lambda *args: [row])
     cli.main("benchmark --training --batch_size 4".split())
     assert capsys.readouterr().out.splitlines()[1].split() == ["bfloat16", "pyra", "10.0", "9.0", "11.0", "3.00", "3.46", "100.0", "-"]
+
+
+def test_schedule_prints_what_run_takes(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "fit_schedule", lambda *args, **kwargs: speed.Fitted([60, 45, 0], 2.0, 1.9, 10.0, 0.0))
+    cli.main("schedule --backbone vit_nano_patch4_56 --latency 5".split())
+    name, value = shlex.split(capsys.readouterr().out)
+    assert parse([name, value]).rate == [60, 45, 0]
 
 
 def test_exit_codes(tmp_path, monkeypatch, capsys):

@@ -150,6 +150,8 @@ def test_names_that_are_refused(tmp_path):
     }.items():
         with pytest.raises(FileNotFoundError, match=sentence):
             find_task(name, tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"Unknown task '{tmp_path}': it is a folder, so write --task folder:{tmp_path}$"):
+        find_task(str(tmp_path))
     for name in ("folder:", "folder: ", "stream:"):
         with pytest.raises(ValueError, match=f"'{name}' names no folder: write {name.strip()}/path/to/images$"):
             find_task(name)
@@ -175,7 +177,7 @@ def test_a_folder_task(tmp_path):
     assert torch.equal(load_split(name, "test", 4, cache=tmp_path / "other")[0], data["test"][0])  # seeded
 
 
-@pytest.mark.parametrize("kind", ["folder", "lists"])
+@rows("kind", ["folder", "lists"])
 def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, kind):
     """Whatever split they are in; the first few, then a count."""
     if kind == "folder":
