@@ -320,7 +320,7 @@ def check_tasks(configs):
             missing.append(files.first_line(error))
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-        warnings.warn(f"{missing[0]}{more}: the runs will fail unless that is elsewhere where they are done", stacklevel=3)
+        warnings.warn(f"{missing[0]}{more}: the machines that do the runs need it", stacklevel=3)
 
 
 def write_slurm(configs, file, runs=None, max_running=None):
