@@ -95,7 +95,8 @@ def results(runs=None):
 
     Keys: id, title (the method's in tables), group (of one of VTAB-1k's 19 tasks, else None), all fields of the config, the metrics
     after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft (_reducer, _head, _backbone),
-    backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those after the last block. Schedules, accuracy_per_class and confusion_matrix are lists.
+    backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those after the last block. Schedules,
+    accuracy_per_class and confusion_matrix are lists.
     """
     rows = []
     for result in read_results(runs):
