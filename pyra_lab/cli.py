@@ -1,6 +1,5 @@
 """The command line: python -m pyra_lab, or pyra-lab where it is installed, and one of COMMANDS: run, results, grid ..."""
 
-import argparse
 import contextlib
 import difflib
 import functools
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from pyra import first_line
 from pyra_lab import gpu_suite, grid, prediction, release, serving, speed, vtab
 from pyra_lab.backbones import BACKBONES, create_backbone
-from pyra_lab.config import Config, parse, read_value
+from pyra_lab.config import Config, Parser, parse, read_value
 from pyra_lab.devices import DTYPES
 from pyra_lab.methods import METHODS
 from pyra_lab.records import results, runs_folder
@@ -27,7 +26,7 @@ from pyra_lab.training import run
 
 
 def make_parser(command, description):
-    return argparse.ArgumentParser(prog=f"python -m pyra_lab {command}", description=description, allow_abbrev=False)
+    return Parser(prog=f"python -m pyra_lab {command}", description=description, allow_abbrev=False)
 
 
 def run_command(argv):
@@ -75,8 +74,8 @@ def slurm_command(argv):
     if args.max is not None and args.max < 1:
         raise ValueError(f"--max must be at least 1, not {args.max}")
     script = Path(args.grid).with_suffix(".sbatch")
-    grid.write_slurm(grid.read_grid(args.grid), script, max_running=args.max)
-    print(f"sbatch {shlex.quote(str(script))}")
+    print(grid.write_slurm(grid.read_grid(args.grid), script, max_running=args.max))
+    print(f"put in the cores and hours that your runs need; logs will be {runs_folder()}/logs/pyra-<job>_<task>.log", file=sys.stderr)
 
 
 def benchmark_command(argv):

@@ -249,9 +249,19 @@ def help_of(f):
 MOST = ("task", "backbone", "weights", "norm", "method", "rate", "epochs", "augment", "keep", "train_split")  # what most runs need
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a ValueError: a sentence in place of the whole usage."""
+
+    def error(self, message):
+        unknown, known = re.match(r"unrecognized arguments: (--[^\s=]+)", message), re.findall(r"--\w+", self.format_usage())
+        near = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        message = f"there is no option {unknown[1]}" if unknown else message
+        raise ValueError(message + (f"; did you mean {near[0]}" if near else f"; {self.prog} --help lists the options"))
+
+
 def parse(argv, prog="python -m pyra_lab run"):
     """Command line -> Config; a list is written as JSON, [16,16,...]."""
-    parser = argparse.ArgumentParser(prog=prog, description="One run: trains and evaluates a config, or finds the record of it.", allow_abbrev=False)
+    parser = Parser(prog=prog, description="One run: trains and evaluates a config, or finds the record of it.", allow_abbrev=False)
     fields = dataclasses.fields(Config)
     needed, rest = parser.add_argument_group("what most runs need"), parser.add_argument_group("the rest")
     for f in sorted(fields, key=lambda f: MOST.index(f.name) if f.name in MOST else len(MOST)):

@@ -1,7 +1,9 @@
 """Files: where they are, how they are written whole, how processes take turns at them; and the bar of what takes long."""
 
 import contextlib
+import functools
 import os
+import warnings
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -35,8 +37,13 @@ def write_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
+@functools.cache  # once
+def warn_of_no_locks():
+    warnings.warn("this file system, or this system, has no locks (flock): take care that no two processes do the same run", stacklevel=4)
+
+
 def lock(file, wait=True):
-    """Locks an open file. Returns True; None where another process holds the lock and wait is False; False where the system has no locks."""
+    """Locks an open file. Returns True; None where another process holds the lock and wait is False; False, with a warning, where there are no locks."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -44,6 +51,7 @@ def lock(file, wait=True):
     except BlockingIOError:
         return None
     except (ImportError, OSError):
+        warn_of_no_locks()
         return False
 
 
@@ -70,5 +78,5 @@ def shorten(items, most=5):
 
 def progress(*args, show=True, **kwargs):
     """tqdm's bar, in a notebook as a widget: gone when it is complete, unless leave says otherwise; with TQDM_DISABLE=1, or without show, none."""
-    hidden = {} if show else {"disable": True}  # left out, it is what the environment says
-    return tqdm(*args, **{"leave": False, **hidden, **kwargs})
+    hidden = not show or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # tqdm's widget does not look at the environment
+    return tqdm(*args, **{"leave": False, "disable": hidden, **kwargs})

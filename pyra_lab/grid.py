@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ import pyra
 from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
 from pyra_lab.records import read_result, runs_folder
-from pyra_lab.training import check_run, prerequisites
+from pyra_lab.tasks import UnknownTask
+from pyra_lab.training import check_run, find_source, prerequisites
 
 WORKER = [sys.executable, "-m", "pyra_lab", "run"]  # followed by a config's arguments
 USER_ERROR = "pyra_lab: "  # starts the last line of a run's log where repeating the run would fail in the same way
@@ -310,15 +312,37 @@ def run_grid(configs, workers=None, runs=None, progress=True):
 # ---- On a cluster ----------------------------------------------------------------------------------------------------
 
 
+def check_tasks(configs):
+    """Looks up each config's task. Raises ValueError, as for a misspelt name; warns of folders that this machine, which may only submit, lacks."""
+    missing = []
+    for config in {(config.task, config.data_root): config for config in configs}.values():
+        try:
+            find_source(config)
+        except FileNotFoundError as error:
+            if isinstance(error, UnknownTask):
+                raise
+            missing.append(files.first_line(error))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        warnings.warn(f"{missing[0]}{more}: the machines that do the runs need it", stacklevel=3)
+
+
 def write_slurm(configs, file, runs=None, max_running=None):
-    """Writes a script for Slurm's sbatch that does what run_grid does: an array with one task per run, at most `max_running` at a time."""
+    """Writes a script for Slurm's sbatch that does what run_grid does: an array with one task per run, at most `max_running` at a time.
+
+    Rows added to METHODS or PEFTS go with it. Returns the command that submits it, whose cores and hours are an example. Raises ValueError;
+    warns of tasks that are not on this machine.
+    """
     configs, runs = list(configs), runs_folder(runs)
     if not configs:
         raise ValueError("there are no configs: a Slurm array needs at least one run")
+    check_tasks(configs)
     lines = [shlex.join(arguments(config) or [f"--task={config.task}"]) for config in with_prerequisites(configs).values()]
     count = min(len(lines), 1000)  # Slurm's default limit is 1001: in a longer list a task does every thousandth run
     (runs / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its logs
     exports = worker_environment(runs) | {name: os.environ[name] for name in ("PYRA_DATA", "PYRA_CACHE") if os.environ.get(name)}
+    gpu = ["--gres=gpu:1"] if any(config.device != "cpu" for config in configs) else []
+    submit = shlex.join(["sbatch", *gpu, "--cpus-per-task=4", "--time=2:00:00", str(file)])
     script = f"""#!/bin/bash
 #SBATCH --job-name=pyra
 #SBATCH --array=0-{count - 1}{f"%{max_running}" if max_running else ""}
@@ -326,9 +350,10 @@ def write_slurm(configs, file, runs=None, max_running=None):
 #SBATCH --open-mode=append
 #SBATCH --requeue
 # {len(lines)} runs. Finished runs are skipped and interrupted ones continue from their last epoch: submit this as often as you like.
-# Pass site-specific options to sbatch, e.g.: sbatch --gres=gpu:1 --cpus-per-task=4 --time=2:00:00 {Path(file).name}
+# Pass what your site asks for to sbatch, e.g.: {submit}
 cd {shlex.quote(os.getcwd())}
 {shlex.join(["export", *(f"{name}={value}" for name, value in exports.items())])}
 awk -v task="$SLURM_ARRAY_TASK_ID" '(NR - 1) % {count} == task' <<'END' | xargs -L 1 {shlex.join(WORKER)}
 """
     files.write_atomically(Path(file), lambda partial: partial.write_text(script + "\n".join(lines) + "\nEND\n", encoding="utf-8"))
+    return submit

@@ -14,6 +14,8 @@ import numpy as np
 
 from pyra_lab import files
 from pyra_lab.config import Config
+from pyra_lab.methods import METHODS
+from pyra_lab.vtab import VTAB
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,18 @@ def recorded(config, vary, runs=None):
 def results(runs=None):
     """Every record as a flat dict, so that pandas.DataFrame(results()) is a table with one row per run.
 
-    Keys: id, all fields of the config, the metrics after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft
-    (_reducer, _head, _backbone), backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those
-    after the last block. Schedules, accuracy_per_class and confusion_matrix are lists.
+    Keys: id, title (the method's in tables), group (of one of VTAB-1k's 19 tasks, else None), all fields of the config, the metrics
+    after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft (_reducer, _head, _backbone),
+    backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those after the last block. Schedules,
+    accuracy_per_class and confusion_matrix are lists.
     """
     rows = []
     for result in read_results(runs):
+        config = complete(result.config)
+        title = METHODS[config["method"]].title if config["method"] in METHODS else config["method"]  # a row may be of another process only
         rows.append({
-            "id": Path(result.folder).name, **complete(result.config), **result.metrics, "accuracy_best": result.accuracy_best, "best_epoch": result.best_epoch,
+            "id": Path(result.folder).name, "title": title, "group": VTAB.get(config["task"], [None])[0], **config, **result.metrics,
+            "accuracy_best": result.accuracy_best, "best_epoch": result.best_epoch,
             "loss": result.history[-1]["loss"] if result.history else None, "macs": result.macs, "tokens": result.token_counts[-1],
             **{f"trained_{part}": count for part, count in result.trained.items()}, "backbone_parameters": result.backbone_parameters,
             "seconds_per_epoch": result.seconds_per_epoch, "peak_memory": result.peak_memory, "num_classes": result.num_classes,

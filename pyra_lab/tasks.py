@@ -92,12 +92,16 @@ def warn_of_left(path, skipped):
         warnings.warn(line, stacklevel=1)
 
 
+class UnknownTask(FileNotFoundError, ValueError):
+    """A name that no task has, though the folder of all tasks is there."""
+
+
 def find_task(name, root=None):
     """The Task of that name. Reads lists or names of files, no image, so it is cheap enough to check a config with.
 
     root: where the tasks' folders are; by default the environment variable PYRA_DATA, or else data/ in the checkout (installed: in the
-    current folder). Raises FileNotFoundError (no such task or folder, a missing list) or ValueError (a malformed line, a label out of
-    range, a tree whose classes or parts are not clear). Warns where one of VTAB-1k's 19 differs from Table 1 (a subset is allowed, but not
+    current folder). Raises FileNotFoundError (no such folder, a missing list), UnknownTask (no such name) or ValueError (a malformed line, a label
+    out of range, a tree whose classes or parts are not clear). Warns where one of VTAB-1k's 19 differs from Table 1 (a subset is allowed, but not
     comparable), of classes without an image to train on, and of files that a tree holds and that are left out.
     """
     kind, colon, rest = name.partition(":")
@@ -127,7 +131,7 @@ def find_task(name, root=None):
     near = difflib.get_close_matches(name, known, 3, 0.6)
     others = ", ".join(dict.fromkeys(list(DRAWN) + here))
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {others}, VTAB-1k's 19, folder:/path and stream:/path"
-    raise FileNotFoundError(f"Unknown task {name!r}, not in {root} either: {hint}")
+    raise (UnknownTask if root.is_dir() else FileNotFoundError)(f"Unknown task {name!r}, not in {root} either: {hint}")
 
 
 def check_split(split):

@@ -286,5 +286,8 @@ def report(findings, most=5):
             lines += [f"    {'note: ' * (kind == 'note')}{text}" for text in texts[:shown]]
             lines += [f"    ... and {len(texts) - shown:,} more of this kind ({kind})"] * (len(texts) > shown)
     ok = faults.count(0)
-    lines.append(f"{ok} of {len(findings)} tasks ok, {missing} missing, {len(faults) - ok} with {plural(sum(faults))}")
+    if len(findings) == 1:
+        lines.append(f"1 task checked: {'missing' if missing else plural(faults[0])}")
+    else:
+        lines.append(f"{ok} of {len(findings)} tasks ok, {missing} missing, {len(faults) - ok} with {plural(sum(faults))}")
     return "\n".join(lines)

@@ -317,12 +317,16 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def test_slurm_script(sbatch, tmp_path, monkeypatch):
+    """Tasks that this machine lacks are named in one warning: it may only submit."""
     here = tmp_path / "with space"
     here.mkdir()
     monkeypatch.setenv("PYRA_DATA", "/a b/data")
     monkeypatch.chdir(here)
     configs = [Config(), Config(task="folder:/it's a folder", method="tome", rate=[16] * 12), Config(seed=3, second_epochs=2, modulation_lr=3e-3, compile=True)]
     script = here / "grid.sbatch"
+    with pytest.warns(UserWarning, match="^folder:/it's a folder: .*is not a folder \\(and 1 more\\): the machines that do the runs need it") as warned:
+        submit = grid.write_slurm([*configs, dataclasses.replace(configs[1], task="dtd")], script, here / "runs", max_running=2)
+    assert len(warned) == 1 and submit == f"sbatch --gres=gpu:1 --cpus-per-task=4 --time=2:00:00 '{script}'"
     grid.write_slurm(configs, script, here / "runs", max_running=2)
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"

@@ -9,6 +9,7 @@ from typing import Callable, NamedTuple
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 from helpers import ROOT, rows, write_class_folders
 
@@ -26,8 +27,14 @@ def check_accuracies(shown, runs, n=1):
         assert len(accuracies) == n and all(0 <= accuracy <= 1 for accuracy in accuracies)
 
 
-def check_two_seeds(shown, runs):
+def check_tuned(shown, runs):
+    """Each modulated method has its own learning rate tuned, with the first seed, and is then run with the one that was best."""
     check_accuracies(shown, runs, n=2)
+    configs = read_configs(runs)
+    for method, title in (("pyra", "PYRA"), ("pyra_row", "PYRA-row")):
+        assert {result["modulation_lr"] for name, result in shown.items() if name.startswith("folder:") and name.endswith(f", {title}, 4.0")} == {2e-3}
+        done = sorted((c["eval_split"], c["seed"], c["modulation_lr"]) for c in configs if c["method"] == method)
+        assert done == [("test", 1, 2e-3), ("test", 2, 2e-3), ("val200", 1, 2e-3)]
 
 
 def check_speeds(shown, runs):
@@ -107,9 +114,10 @@ CASES = {
                     (dict(rising=["evit"]), "rise must be between 0 and 1, and of rising each one of tome, tofu, pyra_row")],
                    task=lambda task: dict(tasks=[task])),
     "compare_distillation": Case(dict(rate=4.0, seconds=0.05), [(dict(teacher="vit_huge"), "teacher 'vit_huge' is unknown; ")]),
-    "vtab": Case(dict(methods=["pyra"], rates=[4.0], lrs=[1e-4], seeds=[1, 2]),
-                 [(dict(lrs=[-1.0]), "modulation_lr must be a finite number"), (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'")],
-                 task=lambda task: dict(task_names=[task]), check=check_two_seeds),
+    "vtab": Case(dict(methods=["pyra", "pyra_row"], rates=[4.0], lrs=[2e-3], seeds=[1, 2]),
+                 [(dict(lrs=[-1.0]), "modulation_lr must be a finite number"), (dict(task_names=["digits", "cifr100"]), "Unknown task 'cifr100'"),
+                  (dict(methods=["tomme"]), "method 'tomme' is unknown; did you mean tome")],
+                 task=lambda task: dict(task_names=[task]), check=check_tuned),
     "imagenet_finetune": Case(dict(epochs=1, processes=2, base_lr=1e-3, workers=1), [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
                               task=lambda task: dict(path=task.removeprefix("folder:"))),
     "schedule": Case(dict(batch_size=2, seconds=0.02, target_speedup=1.3, dtype="bfloat16", device="cpu"),
@@ -174,7 +182,9 @@ def test_every_notebook_is_tried_and_in_the_readme():
 
 @rows("path", sorted((ROOT / "notebooks" / "paper").glob("*.yaml")))
 def test_paper_settings_are_parameters(path):
-    known = papermill.inspect_notebook(path.parents[1] / f"{path.stem}.ipynb")
+    """<name>.yaml, and <name>_more.yaml for another of the paper's settings."""
+    notebook, = [notebook for notebook in NOTEBOOKS if f"{path.stem}_".startswith(f"{notebook.stem}_")]
+    known = papermill.inspect_notebook(notebook)
     for name, value in yaml.safe_load(path.read_text()).items():
         assert type(value).__name__ == known[name]["inferred_type_name"], name
 
@@ -198,6 +208,16 @@ def execute(name, parameters, folder):
     return shown[0]
 
 
+def execute_first(name, parameters):
+    """Executes the first cell after the parameters here, as papermill and the kernel would -> its variables."""
+    defaults, first = [cell.source for cell in code_cells(name)][:2]
+    injected = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
+    namespace = {"In": ["", defaults, injected, first]}
+    for source in (defaults, injected, first):
+        exec(source, namespace)
+    return namespace
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_runs_with_other_parameters(name, small_task, tmp_path, monkeypatch):
     """And each of them arrives: there is a run whose config has its value."""
@@ -216,15 +236,9 @@ def test_runs_with_other_parameters(name, small_task, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, parameters, sentence", [(name, *wrong) for name, case in CASES.items() for wrong in case.wrong], ids=str)
 def test_a_wrong_parameter_fails_at_once_in_one_sentence(name, parameters, sentence, tmp_path, monkeypatch):
-    """In the first cell after the parameters, which is executed here as papermill and the kernel would."""
     monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
-    defaults, first = [cell.source for cell in code_cells(name)][:2]
-    injected = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
-    namespace = {"In": ["", defaults, injected, first]}
-    for source in (defaults, injected):
-        exec(source, namespace)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
-        exec(first, namespace)
+        execute_first(name, parameters)
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
 
 
@@ -237,9 +251,17 @@ def test_papermill_stops_at_a_wrong_parameter(tmp_path, monkeypatch):
 
 
 def test_vtab_notebook_lists_its_runs_for_a_cluster(small_task, tmp_path, monkeypatch):
-    """First those that choose a learning rate, and ToMe's, which have nothing to wait for."""
+    """First those that choose a learning rate, and ToMe's, which have nothing to wait for. A machine without a GPU must be told of the cluster's."""
     monkeypatch.setenv("PYRA_RUNS", str(tmp_path / "runs"))
-    execute("vtab", dict(task_names=[small_task], seeds=[3], grid_file=str(tmp_path / "grid.jsonl")), tmp_path)
+    parameters = dict(task_names=[small_task], seeds=[3], grid_file=str(tmp_path / "grid.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for given in ({}, dict(device="cuda"), dict(dtype="bfloat16")):
+            with pytest.raises(ValueError, match="this machine has no GPU: pass -p device cuda -p dtype bfloat16"):
+                execute_first("vtab", {**parameters, **given})
+        for given in (dict(device="cpu"), dict(device="cuda", dtype="bfloat16")):
+            assert {config.device for config in execute_first("vtab", {**parameters, **given})["tuning"].values()} == {given["device"]}
+    execute("vtab", {**parameters, "device": "cpu"}, tmp_path)
     configs = read_grid(tmp_path / "grid.jsonl")
     assert [(c.method, c.modulation_lr, c.train_split, c.eval_split, c.seed) for c in configs] == [
         ("pyra", 1e-4, "train800", "val200", 3), ("pyra", 3e-3, "train800", "val200", 3), ("tome", None, "train800val200", "test", 3)]

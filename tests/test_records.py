@@ -185,15 +185,27 @@ def test_results_are_flat_rows(finished, tmp_path):
     config, result = finished("pyra")
     row = rows["pyra"]
     assert row.keys() == {
-        "id", *result.config, *evaluation.METRICS, "accuracy_best", "best_epoch", "loss", "macs", "tokens",
+        "id", "title", "group", *result.config, *evaluation.METRICS, "accuracy_best", "best_epoch", "loss", "macs", "tokens",
         "trained_peft", "trained_reducer", "trained_head", "trained_backbone", "backbone_parameters", "seconds_per_epoch", "peak_memory",
         "num_classes", "torch", "folder"}
+    assert (row["title"], row["group"]) == ("PYRA", None)  # the task is a folder
     assert row["id"] == config.id() and row["folder"] == str(tmp_path / config.id())
     assert (row["accuracy"], row["loss"], row["tokens"]) == (result.accuracy_last, result.history[-1]["loss"], 18)
     assert (row["rate"], row["trained_reducer"], row["torch"]) == (R, 91, torch.__version__)
     assert not any(isinstance(value, (dict, tuple)) for row in rows.values() for value in row.values())
     assert_pandas_reads(records.results(tmp_path))
     assert records.results(tmp_path / "none") == []
+
+
+def test_results_know_the_tasks_group_and_the_methods_title(finished, tmp_path):
+    """A method that was added in another process has its name for a title."""
+    (tmp_path / "run").mkdir()
+    for task, method, expected in (("dtd", "pyra_row", ("Natural", "PYRA-row")), ("digits", "gain", (None, "gain"))):
+        record = json.loads((pathlib.Path(finished()[1].folder) / "result.json").read_text())
+        record["config"] |= dict(task=task, method=method)
+        (tmp_path / "run" / "result.json").write_text(json.dumps(record))
+        row, = records.results(tmp_path)
+        assert (row["group"], row["title"]) == expected
 
 
 def assert_pandas_reads(rows):
@@ -232,6 +244,7 @@ def test_another_versions_record_stays_readable(tmp_path, monkeypatch, change):
     assert (result.accuracy_last, result.metrics, result.folder) == (10 / 24, {"accuracy": 10 / 24}, str(tmp_path / "ats"))
     assert result.plan == record.get("found") and (result.plan is None or len(result.plan) == 12)
     row, = records.results(tmp_path)
+    assert (row["title"], row["group"]) == ("ATS", None)
     assert (row["id"], row["method"], row["accuracy"], row["loss"]) == ("ats", "ats", 10 / 24, record["history"][0]["loss"])
     assert (row["tokens"], row["trained_peft"]) == (12, 36864)
     assert (row["workers"], row["augment"], row["teacher"]) == (8, "none", None)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
 from pyra_lab import images, layouts
-from pyra_lab.tasks import SPLITS, find_task, load_split, own_task, stream_split
+from pyra_lab.tasks import SPLITS, UnknownTask, find_task, load_split, own_task, stream_split
 
 # Lists
 
@@ -141,15 +141,21 @@ def test_broken_tasks_of_lists(tmp_path, name, damage, error, sentence):
 def test_names_that_are_refused(tmp_path):
     write_lists(tmp_path / "birds")
     for name, sentence in {
-        "sprite_count": "Unknown task 'sprite_count', .*did you mean sprites_count",
-        "zzz": "Unknown task 'zzz', .*there are sprites_location, .*birds, VTAB-1k's 19",
-        "": "Unknown task ''",
         "kitti": "Task kitti of VTAB-1k is not in .*PYRA_DATA",
         "folder:/nowhere": "folder:/nowhere: /nowhere is not a folder",
         "stream:/nowhere": "stream:/nowhere: /nowhere is not a folder",
     }.items():
         with pytest.raises(FileNotFoundError, match=sentence):
             find_task(name, tmp_path)
+    for name, sentence in {
+        "sprite_count": "Unknown task 'sprite_count', .*did you mean sprites_count",
+        "zzz": "Unknown task 'zzz', .*there are sprites_location, .*birds, VTAB-1k's 19",
+        "": "Unknown task ''",
+    }.items():
+        with pytest.raises(UnknownTask, match=sentence):
+            find_task(name, tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"Unknown task '{name}', not in .*nowhere either"):  # it may be where that folder is
+            find_task(name, tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"Unknown task '{tmp_path}': it is a folder, so write --task folder:{tmp_path}$"):
         find_task(str(tmp_path))
     for name in ("folder:", "folder: ", "stream:"):
