@@ -28,7 +28,8 @@ from pyra_lab.speed import summarise_rounds, time_interleaved
 from pyra_lab.training import config_of, find_source, image_size, load_run
 
 FORMATS = ("float32", "int8")  # of exported files
-RELEASED = ("README.md", "adapter.safetensors", "model.int8.onnx", "model.onnx", "result.json", "serving.py")
+ALONE = ("http_server.py", "serving.py")  # files of this package that run beside an exported file, without it
+RELEASED = tuple(sorted((*ALONE, "README.md", "adapter.safetensors", "model.int8.onnx", "model.onnx", "result.json")))
 
 
 # ---- The record and the model, without this machine ------------------------------------------------------------------
@@ -116,11 +117,16 @@ Sorts images into the {result.num_classes} classes of {task}: a {config.backbone
 {f"{chr(10)}## Measured{chr(10) * 2}{report.markdown_table(measured)}{chr(10)}" if measured else ""}
 ## Use
 
-Without PyTorch, with numpy, Pillow and onnxruntime:
+Without PyTorch, in this folder; a file or a folder of images as a table, or an HTTP service that answers with classes and probabilities:
 
 ```
-python serving.py model.onnx images/ --top 3 --out predictions.csv
+pip install numpy pillow onnxruntime
+python serving.py model.int8.onnx images/ --top 3 --out predictions.csv
+python http_server.py model.int8.onnx --port 8000
+curl --data-binary @photo.jpg http://127.0.0.1:8000/
 ```
+
+`model.onnx` is the same in float32: slower on most CPUs, and what was trained to the last digits.
 
 With pyra-vit installed:
 
@@ -162,8 +168,8 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
 
     result: of a finished run. formats: of the exported files, "float32" (model.onnx) and "int8" (model.int8.onnx); none for a method that
     ONNX can't hold. images: to calibrate int8 with; by default some that were trained on. The folder gets serving.py, which predicts with
-    them without PyTorch, adapter.safetensors and result.json, which `predict` reads, and README.md, the card. name, weights, measured:
-    as in `card`. Raises ValueError or FileNotFoundError before anything is written, ImportError.
+    them without PyTorch, http_server.py, which serves them, adapter.safetensors and result.json, which `predict` reads, and README.md, the
+    card. name, weights, measured: as in `card`. Raises ValueError or FileNotFoundError before anything is written, ImportError.
     """
     for given in formats:
         if given not in FORMATS:
@@ -182,7 +188,8 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
             deploy.quantize_onnx(full, folder / "model.int8.onnx", images)
         if "float32" not in formats:
             full.unlink()
-        shutil.copyfile(serving.__file__, folder / "serving.py")
+        for file in ALONE:
+            shutil.copyfile(Path(serving.__file__).with_name(file), folder / file)
     shutil.copyfile(Path(result.folder) / "adapter.safetensors", folder / "adapter.safetensors")
     record, text = dataclasses.asdict(published(result, weights)), card(result, name, measured, weights)
     files.write_atomically(folder / "result.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))

@@ -59,7 +59,7 @@ def test_to_the_hub_and_back(result, hub, tmp_path, monkeypatch, capsys):
         pytest.importorskip(name)
     folder, photos = tmp_path / "release", Path(result.config["task"].removeprefix("folder:")) / "test"
     cli.main(["export", result.folder, str(folder), "--name", "me/colours"])
-    assert files_in(folder) == sorted(RELEASED) and capsys.readouterr().out.startswith("README.md, adapter.safetensors, model.int8.onnx, model.onnx")
+    assert files_in(folder) == sorted(RELEASED) and capsys.readouterr().out.startswith("README.md, adapter.safetensors, http_server.py, model.int8.onnx")
     (folder / "private.txt").touch()
     cli.main(["push", str(folder), "me/colours"])
     assert capsys.readouterr().out == "https://huggingface.co/me/colours\n" and hub == [("me/colours", True)]
@@ -88,7 +88,8 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
     assert front["library_name"] == "pyra-vit" and front["pipeline_tag"] == "image-classification" and front["base_model"] == "timm/small"
     measured = {metric["type"]: metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]}
     assert measured == {name: round(result.metrics[name], 4) for name in ("accuracy", "balanced_accuracy")}
-    for part in ("blue, green, red", f"accuracy {result.accuracy_last:.1%}", "24 x 24", "12.5", "--weights=timm/small", "predict('me/colours'"):
+    for part in ("blue, green, red", f"accuracy {result.accuracy_last:.1%}", "24 x 24", "12.5", "--weights=timm/small", "predict('me/colours'", "pip install numpy pillow onnxruntime",
+                 "python http_server.py model.int8.onnx", "curl --data-binary @photo.jpg"):
         assert part in body, part
     write_release(result, tmp_path / "bare", formats=())
     assert files_in(tmp_path / "bare") == ["README.md", "adapter.safetensors", "result.json"]

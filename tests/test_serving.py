@@ -12,7 +12,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -142,34 +141,41 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
 
 
-def test_the_service_of_the_notebook(trained):
-    """Its very lines, in a process of their own without PyTorch, answer each upload: as `predict` does, or with the reason."""
+def test_the_service(trained):
+    """In a process of its own without PyTorch it answers each upload, as `predict` does or with the reason and what to do, and says how to ask."""
     _, folder = trained
-    cells = nbformat.read(ROOT / "notebooks" / "deploy.ipynb", as_version=4).cells
-    lines, = [cell.source.split("'''")[1].lstrip() for cell in cells if "HTTPServer" in cell.source]
-    (folder / "serve.py").write_text(lines)
-    script = WITHOUT_TORCH + "import runpy; sys.argv = ['serve.py', '0']; sys.path.insert(0, '.'); runpy.run_path('serve.py')"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+    (folder / "http_server.py").write_text((ROOT / "pyra_lab" / "http_server.py").read_text())
+    script = WITHOUT_TORCH + "import runpy; sys.argv = ['http_server.py', 'model.onnx', '--port', '0']; sys.path.insert(0, '.'); "
+    with subprocess.Popen([sys.executable, "-c", script + "runpy.run_path('http_server.py', run_name='__main__')"], cwd=folder, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as service:
         try:
-            host, port = re.fullmatch(r"http://(.+):(\d+)\n", service.stdout.readline()).groups()
+            host, port = re.fullmatch(r"curl --data-binary @photo.jpg http://(.+):(\d+)/\n", service.stdout.readline()).groups()
 
-            def post(body, length=None):
+            def ask(method, body=b"", **headers):
                 connection = http.client.HTTPConnection(host, int(port), timeout=30)
-                connection.request("POST", "/", body, {"Content-Length": str(len(body) if length is None else length)})
+                connection.request(method, "/", body, {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()})
                 answer = connection.getresponse()
+                assert answer.getheader("Content-Type") == "application/json"
                 return answer.status, json.loads(answer.read())
 
             for kind in KINDS:
                 expected, = predict(folder / "model.onnx", io.BytesIO(photo(kind)), progress=False)
-                status, found = post(photo(kind))
-                assert status == 200 and found["classes"] == list(expected.classes) and found["probabilities"] == pytest.approx(expected.probabilities)
-            for body, why in ((b"not an image", "like no format that Pillow knows"), (photo("turned")[:300], "not an image that can be read"),
-                              (bomb(), "exceeds limit")):
-                status, found = post(body)
-                assert status == 400 and why in found["error"] and not found["classes"]
-            for length in (10**9, 0, "many"):
-                assert post(b"", length) == (413, {"error": "send an image of at most 20 MB"})
-            assert post(photo("RGB"))[0] == 200  # it is still there
+                status, found = ask("POST", photo(kind))
+                assert status == 200 and found == {"classes": list(expected.classes), "probabilities": pytest.approx(expected.probabilities)}
+            for body, headers, status, why in [
+                (b"not an image", {}, 400, "like no format that Pillow knows"), (photo("turned")[:300], {}, 400, "not an image that can be read"),
+                (bomb(), {}, 400, "exceeds limit"), (b"", {}, 411, "send an image's bytes"), (b"", dict(Content_Length="many"), 411, "Content-Length"),
+                (b"", dict(Content_Length=str(10**9)), 413, "an image of at most 20 MB"),
+                (photo("RGB"), dict(Content_Type="multipart/form-data; boundary=x"), 415, "curl --data-binary @photo.jpg, without -F"),
+            ]:
+                found = ask("POST", body, **headers)
+                assert found[0] == status and why in found[1]["error"] and len(found[1]) == 1, (found, why)
+            status, found = ask("GET")
+            assert status == 200 and sorted(found["classes"]) == ["blue", "green", "red"]
+            assert found["usage"] == f"curl --data-binary @photo.jpg http://{host}:{port}/"
+            assert ask("POST", photo("RGB"))[0] == 200  # it is still there
+            again = subprocess.run([sys.executable, "http_server.py", "model.onnx", "--port", port], cwd=folder, capture_output=True, text=True)
+            assert again.returncode == 1 and re.fullmatch(rf"http_server: 127.0.0.1, port {port}, can't be listened at: .+ with --host and --port\n", again.stderr)
         finally:
             service.terminate()
 
