@@ -146,7 +146,7 @@ def predict_command(argv):
 
 
 def export_command(argv):
-    parser = make_parser("export", "A folder for others: ONNX files that need no PyTorch, what predicts with them, adapter, record and model card")
+    parser = make_parser("export", "A folder for others: ONNX files that need no PyTorch, what predicts and serves, adapter, record and model card")
     parser.add_argument("run", help="id or folder of a finished run")
     parser.add_argument("folder", help="to write")
     parser.add_argument("--formats", default="float32,int8", help="of the ONNX files, by commas, or none (default: %(default)s)")
@@ -168,7 +168,8 @@ def push_command(argv):
 
 
 def schedule_command(argv):
-    parser = make_parser("schedule", "The merging schedule, for --rate, that makes a backbone as fast as asked for on this device")
+    parser = make_parser("schedule", "The merging schedule, for --rate, that makes a backbone as fast as asked for on this device. "
+                         "It is timed in PyTorch; onnxruntime often gains more from merging: measure what it serves, and ask for less if you need less")
     parser.add_argument("--backbone", default="vit_base_patch16_224", choices=list(BACKBONES), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--img_size", type=int, help="pixels of a side (default: the backbone's)")
     parser.add_argument("--speedup", type=float, help="how many times as fast as the unmerged model; or")

@@ -135,6 +135,11 @@ def over_seeds(values):
     return OverSeeds(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
+def over_images(accuracy, n):
+    """An accuracy in % of a single run on n images, with the standard error that so few of them leave (binomial); of other seeds it says nothing."""
+    return OverSeeds(accuracy, (accuracy * (100 - accuracy) / n) ** 0.5, n)
+
+
 def accuracy_over_seeds(results):
     """Last-epoch accuracies in %, as over_seeds gives them."""
     return over_seeds([100 * result.accuracy_last for result in results])

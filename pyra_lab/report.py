@@ -63,13 +63,18 @@ def say(text):
 
 
 def caution(groups):
-    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. groups: Results over seeds, one list per method."""
+    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. groups: Results over seeds, one list per method.
+
+    Of the tasks that this repository knows it points at what was measured over seeds; of images of one's own nobody has.
+    """
     results = [result for group in groups for result in group]
     numbers = {"epoch": max(result.config["epochs"] for result in results), "seed": len({result.config["seed"] for result in results})}
     if numbers["epoch"] < 10 or numbers["seed"] < 3:
         counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
         tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
-        say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. Results over seeds: [README.md](README.md).**")
+        own = all(result.config["task"].startswith(("folder:", "stream:", "data:")) for result in results)
+        remedy = "Repeat it with at least 10 epochs and 3 seeds before you rely on it." if own else "Results over seeds: [README.md](README.md)."
+        say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. {remedy}**")
 
 
 def compared(ours, theirs):
@@ -188,7 +193,7 @@ def accuracy_axis(ax, values, least=10):
 
 
 def draw_accuracy(ax, x, accuracy, ink, marker="o"):
-    """One point; an error bar, the standard deviation, where it is of several seeds."""
+    """One point; an error bar, the standard deviation, where it is of several seeds or over_images."""
     if accuracy.n > 1:
         ax.errorbar(x, accuracy.mean, accuracy.std, fmt=marker, color=ink, capsize=2)
     else:
@@ -205,7 +210,7 @@ def draw_level(ax, accuracy, text, ink, linestyle="-"):
 def tradeoff(points, costs):
     """Accuracy against costs, one panel per cost. Shows the figure.
 
-    points: dicts with accuracy (OverSeeds, in %), label, method (whose colour it has), perhaps marker, and one value per cost.
+    points: dicts with accuracy (OverSeeds or over_images, in %), label, method (whose colour it has), perhaps marker, and one value per cost.
     costs: {key: label of the axis}.
     """
     import matplotlib.pyplot as plt

@@ -1,6 +1,6 @@
 """What a process without PyTorch needs: images as training sees them, and what an exported model says of them. numpy, Pillow, onnxruntime.
 
-This file imports nothing of ours. Copied beside model.onnx it serves alone, as a module or as a command:
+This file imports nothing of ours. Copied beside model.onnx it predicts alone, as a module (http_server.py is built on it) or as a command:
 
     python serving.py model.onnx images/ --top 3 --out predictions.csv
 

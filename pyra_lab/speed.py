@@ -218,7 +218,7 @@ def fit_schedule(model, speedup=None, images_per_second=None, batch_size=16, dty
     speedup: over the unmerged model; or images_per_second; or latency, in ms per batch. Each try takes the mildest schedule of Eq. (1)'s family for a number
     of MACs and times it in turn with the unmerged model for `seconds` each, in more rounds once the target is near. The next
     try is where an increasing curve through all measurements meets the target. Where no try comes within the tolerance, the
-    closest is returned with a warning. ToMe is timed; PYRA is slower by one or two per cent.
+    closest is returned with a warning. ToMe is timed, in PyTorch; PYRA is slower by one or two per cent, and onnxruntime often gains more.
     Raises ValueError for a target that is below the unmerged model's speed, or beyond what merging can reach.
     """
     check_timing(batch_size, seconds=seconds, dtypes=[dtype], device=device)

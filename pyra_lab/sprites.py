@@ -1,6 +1,6 @@
 """Tasks that need no download: four of sprites drawn from known factors, and scikit-learn's digits.
 
-Also draw_tree, which writes drawn images as a tree with one folder per class.
+Also draw_tree and digits_tree, which write such images as a tree with one folder per class.
 """
 
 import functools
@@ -163,20 +163,28 @@ def draw_sprites(task, n, rng):
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), label, factors
 
 
+def write_tree(path, split, images, names):
+    """Writes images uint8 (n, h, w, 3) as <path>/<split>/<name>/<number>.png.
+
+    Files that are there already, with the same content, are left alone: they keep their time of change, so the cache of decoded images
+    stays valid.
+    """
+    for i, (image, name) in enumerate(zip(images, names)):
+        file, png = Path(path) / split / name / f"{i}.png", io.BytesIO()
+        Image.fromarray(image).save(png, "png")
+        if not file.is_file() or file.read_bytes() != png.getvalue():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png.getvalue())
+
+
 def draw_tree(path, **counts):
     """Draws a class-folder tree to try things on: draw_tree(path, train=140, test=70) writes 140 and 70 images.
 
-    They lie in <path>/<split>/<shape>/. The classes are the seven oriented shapes, at any place, size and angle. Files that are there
-    already, with the same content, are left alone: they keep their time of change, so the cache of decoded images stays valid.
+    They lie in <path>/<split>/<shape>/. The classes are the seven oriented shapes, at any place, size and angle.
     """
     for split, count in counts.items():
         images, _, factors = draw_sprites("sprites_orientation", count, np.random.default_rng([zlib.crc32(split.encode()), count]))
-        for i, (image, shape) in enumerate(zip(images, factors["shape"][:, 0])):
-            file, png = Path(path) / split / list(SHAPES)[shape] / f"{i}.png", io.BytesIO()
-            Image.fromarray(image).save(png, "png")
-            if not file.is_file() or file.read_bytes() != png.getvalue():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(png.getvalue())
+        write_tree(path, split, images, [list(SHAPES)[shape] for shape in factors["shape"][:, 0]])
 
 
 def read_digits(split):
@@ -193,6 +201,13 @@ def read_digits(split):
     order = order[{"train800": slice(0, 800), "val200": slice(800, 1000), "test": slice(1000, None)}[split]]
     grey = np.round(images[order].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     return grey.repeat(3, axis=-1), labels[order].astype(np.int64)
+
+
+def digits_tree(path, **counts):
+    """The same of scikit-learn's digits, which are easier: digits_tree(path, train=320, val=200, test=200). At most 800, 200 and 797."""
+    for split, count in counts.items():
+        images, labels = read_digits({"train": "train800", "val": "val200", "test": "test"}[split])
+        write_tree(path, split, images[:count], map(str, labels[:count]))
 
 
 def draw_split(name, split):

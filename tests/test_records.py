@@ -286,6 +286,7 @@ def test_paired_difference():
 def test_over_seeds():
     three = records.over_seeds([80.0, 82.0, 84.0])
     assert three == (82.0, 2.0, 3) and f"{three} {three:.2f}" == "82.0 ± 2.0 82.00 ± 2.00" and str(records.over_seeds([81.25])) == "81.2"
+    assert records.over_images(80.0, 400) == (80.0, 2.0, 400) and records.over_images(100.0, 400).std == 0
 
 
 def test_average_is_the_papers():

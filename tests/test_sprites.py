@@ -117,3 +117,13 @@ def test_draw_tree(tmp_path):
     sprites.draw_tree(tmp_path / "c", train=30, test=30)
     train, test = ({file.read_bytes() for file in (tmp_path / "c" / split).rglob("*.png")} for split in ("train", "test"))
     assert len(train) == len(test) == 30 and not train & test
+
+
+def test_digits_tree(tmp_path):
+    """Three parts, the one for choosing held out of the others; each class has its share; a file that is there is left alone."""
+    sprites.digits_tree(tmp_path, train=40, val=20, test=30)
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    sprites.digits_tree(tmp_path, train=40, val=20, test=30)
+    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} and len({file.read_bytes() for file in times}) == 90
+    for split, n in {"train800": 4, "val200": 2, "test": 3}.items():
+        assert tasks.load_split(f"folder:{tmp_path}", split, 8)[1].bincount().tolist() == [n] * 10
