@@ -9,7 +9,7 @@ from helpers import ROOT, rows, tiny
 
 import pyra
 from pyra_lab import METHODS, Method, Result, report
-from pyra_lab.records import OverSeeds, over_seeds
+from pyra_lab.records import OverSeeds, over_images, over_seeds
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -132,6 +132,18 @@ def test_labels_overlap_neither_each_other_nor_points(canvas):
         assert len(boxes) == 8 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         frame = ax.get_window_extent().expanded(1.05, 1.05)
         assert all(frame.containsx(box.x0) and frame.containsx(box.x1) and frame.containsy(box.y0) and frame.containsy(box.y1) for box in boxes)
+
+
+def test_labels_keep_clear_of_error_bars(canvas):
+    """Of a single run on few images too; here the bar stands where the first label would."""
+    report.tradeoff([dict(method="pyra", label="merged, float32", accuracy=over_images(89.0, 200), speed=338.0),
+                     dict(method="pyra", label="merged, int8", accuracy=over_images(88.0, 200), speed=420.0)], {"speed": "images/s"})
+    ax, = canvas.gcf().axes
+    canvas.gcf().canvas.draw()
+    bars = [ax.transData.transform(path.vertices) for lines in ax.collections for path in lines.get_paths()]
+    assert len(bars) == 2
+    for box in (text.get_window_extent() for text in ax.texts):
+        assert not any(box.x0 < x < box.x1 and low < box.y1 and high > box.y0 for (x, low), (_, high) in bars)
 
 
 def test_error_bars_only_for_several_seeds_and_axes_at_true_size(canvas):
