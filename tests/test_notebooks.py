@@ -128,7 +128,7 @@ CASES = {
                         (dict(suite=__file__), "is no file that benchmark --suite has written")],
                        task=lambda task: dict(suite=suite_file(task)), check=check_speeds),
     "deploy": Case(dict(target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
-                   [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "speedup and images_per_second must be a positive"),
+                   [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "exactly one of speedup, images_per_second and latency, a positive number"),
                     (dict(path="nowhere"), "nowhere is not a folder")],
                    task=lambda task: dict(path=task.removeprefix("folder:")), check=check_deployed),
 }
