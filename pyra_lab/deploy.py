@@ -200,7 +200,8 @@ def quantize_onnx(path, out, images=None):
 
     def quantize(source):
         with tempfile.TemporaryDirectory() as folder, quiet_root_logger():  # it reads and writes files
-            quantize_dynamic(source, f"{folder}/int8.onnx", op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True)
+            # unsigned weights: on CPUs with AVX2 or AVX512 but without VNNI, products of signed ones saturate at 16 bits, and logits go wrong
+            quantize_dynamic(source, f"{folder}/int8.onnx", op_types_to_quantize=["MatMul"], weight_type=QuantType.QUInt8, per_channel=True)
             return onnx.load(f"{folder}/int8.onnx")
 
     if images is None:
