@@ -76,7 +76,8 @@ def stub(tmp_path, monkeypatch):
     return stub
 
 
-def test_failures_are_reported_or_retried_and_the_others_continue(stub, tmp_path, capfd):
+def test_failures_are_reported_or_retried_and_the_others_continue(stub, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE")  # the bar counts them
     configs = [Config(seed=seed) for seed in (1, 2, 3, 4, 5, 6)]
     started = stub(configs)
     results = grid.run_grid(configs, 2, tmp_path / "runs")
