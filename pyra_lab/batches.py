@@ -76,9 +76,11 @@ def held_in_memory(load, config, img_size, device, teacher_logits=None):
     def sample():
         return normalize(images[sample_indices(len(images)).to(device)], config.norm)
 
-    val_images, val_labels = load("val200", img_size) if config.keep == "best" else ((), ())
-    validate = share_of(val_images, val_labels) if config.keep == "best" else None
-    return Data(len(labels), len(test_labels), train, share_of(test_images, test_labels), sample, validate, len(val_labels))
+    data = Data(len(labels), len(test_labels), train, share_of(test_images, test_labels), sample)
+    if config.keep != "best":
+        return data
+    val_images, val_labels = load("val200", img_size)
+    return data._replace(validate=share_of(val_images, val_labels), selected=len(val_labels))
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------

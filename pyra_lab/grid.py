@@ -318,9 +318,9 @@ def check_tasks(configs):
     for config in {(config.task, config.data_root): config for config in configs}.values():
         try:
             find_source(config)
+        except UnknownTask:
+            raise
         except FileNotFoundError as error:
-            if isinstance(error, UnknownTask):
-                raise
             missing.append(files.first_line(error))
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""

@@ -21,7 +21,6 @@ from pyra_lab.batches import sample_indices
 from pyra_lab.config import arguments
 from pyra_lab.devices import has_fast_bfloat16
 from pyra_lab.images import NORMS, normalize
-from pyra_lab.layouts import shorten
 from pyra_lab.methods import METHODS, PEFTS, fold
 from pyra_lab.records import complete, read_result
 from pyra_lab.speed import summarise_rounds, time_interleaved
@@ -94,7 +93,7 @@ def card(result, name=None, measured=(), weights=None):
     scores = [f"{key.replace('_', ' ')} {metrics[key]:.1%}" for key in ("accuracy", "balanced_accuracy") if metrics.get(key) is not None]
     worst = sorted((value, i) for i, value in enumerate(metrics.get("accuracy_per_class") or []) if value is not None)[:3]
     facts = {
-        "classes": f"{result.num_classes}" + (f": {shorten(result.classes, 50)}" if result.classes else ", without names"),
+        "classes": f"{result.num_classes}" + (f": {files.shorten(result.classes, 50)}" if result.classes else ", without names"),
         "backbone": f"{config.backbone}, weights {config.weights}, {result.backbone_parameters:,} parameters, adapted with {method}",
         "trained": ", ".join(f"{part} {count:,}" for part, count in result.trained.items() if count) + " parameters",
         "cost": f"{result.macs / 1e6:,.1f} M multiply-adds per image; tokens {', '.join(f'{n:.4g}' for n in result.token_counts)}",

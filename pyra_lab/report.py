@@ -16,6 +16,7 @@ import pyra
 from pyra_lab.images import normalize
 from pyra_lab.methods import METHODS, PEFTS
 from pyra_lab.records import OverSeeds, accuracy_over_seeds, measured_rows
+from pyra_lab.tasks import is_own
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,7 @@ def caution(groups):
     if numbers["epoch"] < 10 or numbers["seed"] < 3:
         counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
         tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
-        own = all(result.config["task"].startswith(("folder:", "stream:", "data:")) for result in results)
+        own = all(is_own(result.config["task"]) for result in results)
         remedy = "Repeat it with at least 10 epochs and 3 seeds before you rely on it." if own else "Results over seeds: [README.md](README.md)."
         say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. {remedy}**")
 

@@ -49,7 +49,7 @@ class Task:
 def warn_of_absent(subject, used, num_classes, classes, stacklevel):
     """Warns, by name, of classes without an image to train on: labels that start at 1, or have gaps. subject: what lacks them."""
     if absent := [classes[label] if classes else label for label in range(num_classes) if label not in used]:
-        warnings.warn(f"{subject} has no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}", stacklevel=stacklevel)
+        warnings.warn(f"{subject} has no image of {len(absent)} of the {num_classes} classes: {files.shorten(absent)}", stacklevel=stacklevel)
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------
@@ -90,6 +90,11 @@ def warn_of_left(path, skipped):
     """Warns of what of a tree is left out, in one line. It comes from one place, so that Python shows each such line once."""
     if line := layouts.describe_left(path, skipped):
         warnings.warn(line, stacklevel=1)
+
+
+def is_own(name):
+    """Whether a task's name stands for images of the user's own, of which nobody has measured anything."""
+    return name.startswith(("folder:", "stream:", "data:"))
 
 
 class UnknownTask(FileNotFoundError, ValueError):

@@ -155,10 +155,10 @@ def check_run(config, source=None):
 
 def warn_of_norm(config):
     """Warns where images of one's own would get another normalisation than the default weights were trained with: as VTAB-1k's papers do it."""
-    row, own = backbones.BACKBONES[config.backbone], config.task.startswith(("folder:", "stream:", "data:"))
+    row = backbones.BACKBONES[config.backbone]
     weights = config.weights or row["weights"]
     theirs = weights == row["weights"] or Path(weights).suffix in pyra.SUFFIXES  # a file: most likely of the same
-    if own and theirs and config.norm is None and row.get("expects", row["norm"]) != row["norm"]:
+    if tasks.is_own(config.task) and theirs and config.norm is None and row.get("expects", row["norm"]) != row["norm"]:
         warnings.warn(f"{row['weights']} was trained with norm {row['expects']}, and the default, {row['norm']}, is that of VTAB-1k's papers: "
                       f"for images of your own pass --norm {row['expects']}", stacklevel=3)
 

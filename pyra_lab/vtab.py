@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from pyra_lab import images, layouts
+from pyra_lab import files, images, layouts
 
 # Table 1: name -> (group, classes, test images). Train has 800 images and val 200, always.
 VTAB = {
@@ -123,7 +123,7 @@ def check_lists(name, folder, fault):
             for label in absent:
                 fault("class", f"test.txt has no image of class {label}")
         elif split in ("train800val200", "test") and absent:  # a thousand images of any class: SUN397 must miss some of its 397
-            fault("note", f"{split}.txt has no image of {len(absent)} of the {num_classes} classes: {layouts.shorten(absent)}")
+            fault("note", f"{split}.txt has no image of {len(absent)} of the {num_classes} classes: {files.shorten(absent)}")
     train, val, both, test = (lists.get(split, {}) for split in layouts.SPLITS)
     for first, second in ((train, val), (both | val | train, test)):
         for file in first:
@@ -182,7 +182,7 @@ def check_task(name, folder, quick):
     trained_on = {content[file]: file for file in (both | parts) if file in content}
     copies = [file for file in test if content.get(file) in trained_on and file not in both and file not in parts]
     if copies and name in VTAB:
-        fault("note", f"test.txt has training images under other names: {layouts.shorten(copies)}")
+        fault("note", f"test.txt has training images under other names: {files.shorten(copies)}")
     for file in copies if name not in VTAB else ():
         twin = trained_on[content[file]]
         fault("overlap", f"{test[file][1]}: {file} is the same image as {twin} in {every[twin][1]}")
@@ -213,7 +213,7 @@ def check_tree(path, streamed, quick):
     found, paths = [], []
     for part, folders in parts.items():
         counts = [f"{name} {len(paths_of_class):,}" for name, paths_of_class in folders.items()]
-        found.append(Finding("note", f"{part}: {sum(map(len, folders.values())):,} images: {layouts.shorten(counts, 30)}"))
+        found.append(Finding("note", f"{part}: {sum(map(len, folders.values())):,} images: {files.shorten(counts, 30)}"))
         paths += [file for paths_of_class in folders.values() for file in paths_of_class]
     if left := layouts.describe_left(path, skipped):
         found.append(Finding("note", left))
