@@ -546,7 +546,7 @@ class VisionTransformer(nn.Module):
         x = self.norm(self.forward_tokens(images).x[:, :2])
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 
-SIZES = {"vit_nano_patch4_56": dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3)}  # ours: data/README.md
+SIZES = {f"vit_nano_patch4_{size}": dict(img_size=size, patch_size=4, embed_dim=96, num_heads=3) for size in (56, 28)}  # ours: data/README.md
 WORDS = {  # what each word of a timm name says
     **dict.fromkeys(("vit", "deit", "deit3", "base", "miil", "qkvb"), {}), "distilled": dict(distilled=True),
     "tiny": dict(embed_dim=192, num_heads=3), "small": dict(embed_dim=384, num_heads=6), "medium": dict(embed_dim=512, num_heads=8),

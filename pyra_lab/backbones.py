@@ -11,6 +11,7 @@ SHIPPED = "data/vit_nano_patch4_56.safetensors"  # comes with this repository; t
 # code feeds ImageNet's mean and std to the in21k ViTs too, though they were trained with 0.5, which `expects` says; so does our default.
 BACKBONES = {
     "vit_nano_patch4_56": dict(weights=SHIPPED, norm="half", lora_rank=8, batch_size=64),
+    "vit_nano_patch4_28": dict(weights=SHIPPED, norm="half", lora_rank=8, batch_size=64),  # the same with a quarter of the patches
     "vit_tiny_patch16_224": dict(weights="vit_tiny_patch16_224.augreg_in21k", norm="imagenet", expects="half", lora_rank=8, batch_size=64),
     "vit_small_patch16_224": dict(weights="vit_small_patch16_224.augreg_in21k", norm="imagenet", expects="half", lora_rank=4, batch_size=64),
     "vit_base_patch16_224": dict(weights="vit_base_patch16_224.orig_in21k", norm="imagenet", expects="half", lora_rank=8, batch_size=64),

@@ -92,8 +92,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "quickstart": Case(dict(rate=2.5, epochs=1, seed=1, norm="none"), [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")]),
-    "features": Case(dict(epochs=1, images=40, perplexity=10.0, lr=1e-3),
+    "quickstart": Case(dict(backbone="vit_nano_patch4_28", rate=2.5, epochs=1, seed=1, norm="none"), [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")]),
+    "features": Case(dict(backbone="vit_nano_patch4_28", epochs=1, images=40, perplexity=10.0, lr=1e-3),
                      [(dict(neighbours=0), "neighbours must be at least 1 and less than images, 400, not 0"),
                       (dict(images=50), "images must be more than three times perplexity, 30, not 50")]),
     "ablation_rank": Case(dict(s=3, epochs=1, rate=4.0),
@@ -120,14 +120,14 @@ CASES = {
                  task=lambda task: dict(task_names=[task]), check=check_tuned),
     "imagenet_finetune": Case(dict(epochs=1, processes=2, base_lr=1e-3, workers=1), [(dict(epoch=3), "there is no parameter 'epoch'; did you mean epochs")],
                               task=lambda task: dict(path=task.removeprefix("folder:"))),
-    "schedule": Case(dict(batch_size=2, seconds=0.02, target_speedup=1.3, dtype="bfloat16", device="cpu"),
+    "schedule": Case(dict(backbone="vit_nano_patch4_28", batch_size=2, seconds=0.02, target_speedup=1.3, dtype="bfloat16", device="cpu"),
                      [(dict(target_speedup="fast"), "target_speedup must be of type float")],
                      task=lambda task: {}, check=check_speeds),
-    "throughput": Case(dict(rates=[2.5], batch_sizes=[2], train_batch_size=3, dtypes=["float32"], seconds=0.01, rounds=2),
+    "throughput": Case(dict(backbone="vit_nano_patch4_28", rates=[2.5], batch_sizes=[2], train_batch_size=3, dtypes=["float32"], seconds=0.01, rounds=2),
                        [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"), (dict(suite="gpu.json"), "there is no file 'gpu.json'"),
                         (dict(suite=__file__), "is no file that benchmark --suite has written")],
                        task=lambda task: dict(suite=suite_file(task)), check=check_speeds),
-    "deploy": Case(dict(target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
+    "deploy": Case(dict(backbone="vit_nano_patch4_28", target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
                    [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "exactly one of speedup, images_per_second and latency, a positive number"),
                     (dict(path="nowhere"), "nowhere is not a folder")],
                    task=lambda task: dict(path=task.removeprefix("folder:")), check=check_deployed),
