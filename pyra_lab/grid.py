@@ -67,6 +67,14 @@ def write_grid(configs, file):
     files.write_atomically(Path(file), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
 
 
+def check_listing(device, dtype):
+    """Checks a notebook's parameters before it lists runs for another machine: a config left to this one would say what is fast here, and
+    records are found by that. Raises ValueError where there is no GPU here and nobody has said what the runs are to be done on."""
+    if not torch.cuda.is_available() and (device is None or dtype is None and device != "cpu"):
+        raise ValueError("this machine has no GPU: pass -p device cuda -p dtype bfloat16 (or float32), since records are found by them; "
+                         "or -p device cpu, if the runs are to be done on CPUs like this machine's")
+
+
 def with_prerequisites(configs):
     """{id: config} of each config once, preceded by all the runs that any of them starts from."""
     first = [other for config in configs for other in prerequisites(config)]

@@ -21,7 +21,7 @@ from pyra_lab.batches import sample_indices
 from pyra_lab.config import arguments
 from pyra_lab.devices import has_fast_bfloat16
 from pyra_lab.images import NORMS, normalize
-from pyra_lab.methods import METHODS, PEFTS, fold
+from pyra_lab.methods import fold
 from pyra_lab.records import complete, read_result
 from pyra_lab.speed import summarise_rounds, time_interleaved
 from pyra_lab.training import config_of, find_source, image_size, load_run
@@ -88,7 +88,7 @@ def card(result, name=None, measured=(), weights=None):
     size, result = image_size(config_of(result)), published(result, weights)
     config, metrics, split = config_of(result), result.metrics, result.config["eval_split"]
     task, names, norm = config.task.partition(":")[2] or config.task, result.classes or range(result.num_classes), NORMS[config.norm]
-    method = f"{PEFTS[config.peft].title} and {METHODS[config.method].title}" if config.method != "plain" else PEFTS[config.peft].title
+    method = report.title(config.method, config.peft, " and ")
     epoch = result.best_epoch if config.keep == "best" else len(result.history) - 1
     scores = [f"{key.replace('_', ' ')} {metrics[key]:.1%}" for key in ("accuracy", "balanced_accuracy") if metrics.get(key) is not None]
     worst = sorted((value, i) for i, value in enumerate(metrics.get("accuracy_per_class") or []) if value is not None)[:3]

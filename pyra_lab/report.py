@@ -49,12 +49,12 @@ def check_parameters(namespace, may_be_empty=()):
 # ---- Words and tables ------------------------------------------------------------------------------------------------
 
 
-def title(method, peft=None):
-    """How tables and figures call a method, or a method with a PEFT: "PYRA", "LoRA + PYRA", "LoRA"."""
+def title(method, peft=None, joint=" + "):
+    """How tables and figures call a method, or a method with a PEFT: "PYRA", "LoRA + PYRA", "LoRA". joint: what stands between the two."""
     names = [PEFTS[peft].title] if peft else []
     if method != "plain" or not peft:
         names.append(METHODS[method].title)
-    return " + ".join(names)
+    return joint.join(names)
 
 
 def say(text):

@@ -205,7 +205,8 @@ def read_tree(path, streamed):
 
 
 def check_tree(path, streamed, quick):
-    """The findings of a tree with one folder per class: images per class and part and what is left out, as notes; what can't be read, as faults."""
+    """The findings of a tree with one folder per class. Notes: how many images each class of each part has, and which files are left out.
+    Faults: the images that can't be read."""
     try:
         parts, skipped = read_tree(path, streamed)
     except (OSError, ValueError) as error:  # a tree that can be read in two ways, or not at all
