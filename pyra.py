@@ -498,7 +498,7 @@ class VisionTransformer(nn.Module):
         for name in ("head", "head_dist")[:1 + distilled]:
             setattr(self, name, nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity())
         for name, p in self.named_parameters():
-            if p.ndim > 1 and not (rope and name == "pos_embed"):
+            if p.ndim > 1 and not p.is_meta and not (rope and name == "pos_embed"):  # on meta it only takes time
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
