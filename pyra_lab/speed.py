@@ -56,9 +56,9 @@ def peak_memory(work, device):
         work()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler of a PyTorch for CUDA prints an error where there is no GPU
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:  # torch.profiler's, without its summary, which takes far longer than work()
         work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # bytes allocated, negative where freed
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]  # bytes allocated, negative where freed
     return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
