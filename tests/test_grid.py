@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import ROOT, python
+from helpers import ROOT
 from safetensors.torch import load_file
 
 import pyra
@@ -228,9 +228,8 @@ def test_killed_and_started_again_equals_uninterrupted(task, tmp_path):
         runner.wait()
     wait_for(lambda: not alive(worker))
     assert not records.read_result(runs / config.id())
-    done = python(*arguments, cwd=ROOT, env=environment)
-    assert done.returncode == 0 and done.stdout == f"1 of 1 runs are recorded in {runs}\n", done.stderr
-    assert_same_run(records.read_result(runs / config.id()), training.run(config, tmp_path / "reference", progress=False))
+    result, = grid.run_grid([config], runs=runs, progress=False)
+    assert_same_run(result, training.run(config, tmp_path / "reference", progress=False))
     assert not list(runs.glob("*/*.partial"))
 
 

@@ -71,7 +71,7 @@ def test_two_processes_equal_one(two_processes, task, tmp_path, name):
 
 
 def test_torchrun_of_the_command_line(task, tmp_path):
-    config = Config(task=task, weights="none", method="plain", epochs=1, batch_size=8, dropout=0.0, drop_path=0.0, device="cpu", dtype="float32")
+    config = Config(task=task, backbone="vit_nano_patch4_28", weights="none", method="plain", epochs=1, batch_size=8, dropout=0.0, drop_path=0.0, device="cpu", dtype="float32")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYRA_RUNS": str(tmp_path / "two")}
     done = torchrun("-m", "pyra_lab", "run", *arguments(config), cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
