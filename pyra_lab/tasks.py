@@ -144,13 +144,6 @@ def check_split(split):
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
 
 
-@functools.lru_cache(maxsize=8)
-def load_drawn(name, split, img_size):
-    """load_split of a drawn task; kept, as runs of one process mostly share their images."""
-    drawn, labels = draw_split(name, split)
-    return torch.from_numpy(np.stack([images.resize(Image.fromarray(image), img_size) for image in drawn])), torch.from_numpy(labels)
-
-
 def load_split(task, split, img_size=224, root=None, cache=None):
     """One split of a task, whole -> images uint8 (n, 3, img_size, img_size), labels int64 (n,).
 
@@ -167,7 +160,9 @@ def load_split(task, split, img_size=224, root=None, cache=None):
     if task.group == "Data":
         raise ValueError(f"{task.name} is made of Datasets: read it with the function that own_task returned")
     if task.group == "Drawn":
-        return load_drawn(task.name, split, img_size)
+        drawn, labels = draw_split(task.name, split)
+        return torch.from_numpy(np.stack([images.resize(Image.fromarray(image), img_size) for image in drawn])), torch.from_numpy(labels)
+
     if task.group == "Folder":
         trees = layouts.split_tree(task.path)[0]
         check_classes(task, trees[split])
