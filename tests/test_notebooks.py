@@ -205,8 +205,8 @@ def small_task(tmp_path_factory):
 
 
 def last_shown(outputs):
-    """What the notebook shows last, for machines."""
-    shown, = [output.data["application/json"] for output in outputs if "application/json" in output.get("data", {})]
+    """What a notebook shows last, for machines, out of the data of its outputs, {MIME type: data}."""
+    shown, = [data["application/json"] for data in outputs if "application/json" in data]
     return shown
 
 
@@ -214,7 +214,7 @@ def execute(name, parameters, folder):
     """What the notebook shows last, after papermill has run it with these parameters, in a kernel."""
     out = papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters,
                                      kernel_name="python3", progress_bar=False, cwd=folder)
-    return last_shown([output for cell in out.cells if cell.cell_type == "code" for output in cell.outputs])
+    return last_shown([output.get("data", {}) for cell in out.cells if cell.cell_type == "code" for output in cell.outputs])
 
 
 @pytest.fixture
@@ -226,6 +226,7 @@ def shell():
         select_figure_formats(shell, {"png"})
         plt.switch_backend("module://matplotlib_inline.backend_inline")
         yield shell
+        shell.restore_sys_module_state()  # __main__
         plt.close("all")
         plt.switch_backend("agg")
     InteractiveShell.clear_instance()
@@ -233,15 +234,14 @@ def shell():
 
 def execute_here(shell, name, parameters):
     """What the notebook shows last, executed in this process with the parameters that papermill writes into it."""
-    shell.reset()
     path, outputs = str(ROOT / "notebooks" / f"{name}.ipynb"), []
     for cell in papermill.parameterize.parameterize_notebook(papermill.iorw.load_notebook_node(path), parameters).cells:
         if cell.cell_type == "code":
             with capture_output() as captured:
                 result = shell.run_cell(cell.source, store_history=True)
             result.raise_error()
-            outputs += [{"data": output.data} for output in captured.outputs]
-    return last_shown([nbformat.from_dict(output) for output in outputs])
+            outputs += [output.data for output in captured.outputs]
+    return last_shown(outputs)
 
 
 def execute_first(name, parameters):
