@@ -45,8 +45,10 @@ def first_stage(config):
 def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
     student = config.resolved()  # the teacher shares the student's seed and so on; its device and dtype are those of the machine that trains it
+    row = backbones.BACKBONES[student.teacher]
+    norm = config.norm if config.norm in (row["norm"], row.get("expects")) else None  # the student's, unless the teacher was trained with another
     return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
-                               teacher_weights=None, img_size=None, norm=config.norm, method="plain", second_epochs=None, peft="lora", lora_rank=None,
+                               teacher_weights=None, img_size=None, norm=norm, method="plain", second_epochs=None, peft="lora", lora_rank=None,
                                batch_size=None, micro_batch=None)
 
 

@@ -212,7 +212,9 @@ def test_prerequisites():
     order = list(with_prerequisites([config, *others]))
     assert order.index(teacher.id()) < order.index(first_stage(others[0]).id())
     taught = teacher_run(Config(teacher="vit_base_patch16_224"))  # its id is that of the machine that trains it
-    assert (taught.device, taught.dtype, taught.norm) == (None, None, None)  # and its normalisation its own, unless the config says another
+    assert (taught.device, taught.dtype, taught.norm) == (None, None, None)  # and its normalisation its own
+    assert teacher_run(Config(teacher="vit_base_patch16_224", norm="half")).norm == "half"  # unless the config says another that it was trained with
+    assert teacher_run(Config(teacher="vit_small_patch14_dinov2", norm="half")).norm is None
 
 
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path):
