@@ -107,6 +107,7 @@ def merge_schedule(rate, depth=12, tokens=196, model=None):
     rate: "low" or "high", the paper's lists for 196 patches and 12 or 24 blocks (Table 5), and for any other geometry what `solve_macs` finds
     for their ratio of operations; or a float, Eq. (1) for F/f = rate, except that at most half of the patches left merge. model: whose depth
     and patches count instead of the two numbers; without one, operations are those of a ViT-B with so many blocks and patches."""
+    require(model is None or isinstance(unwrap(model), VisionTransformer), f"model must be a pyra.VisionTransformer, not {type(model)}: see from_timm")
     depth, tokens = (depth, to_python(tokens)) if model is None else (len(unwrap(model).blocks), unwrap(model).num_patches)
     if isinstance(rate, str):
         require(rate in MAC_RATIOS, f"rate must be 'low', 'high' or a number greater than 1, not {rate!r}")
@@ -196,8 +197,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features, self.weight, self.bias = linear.in_features, linear.out_features, linear.weight, linear.bias
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
-        self.dropout, self.scale = dropout, scale
-        self.train(linear.training)
+        self.dropout, self.scale, self.training = dropout, scale, linear.training
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):

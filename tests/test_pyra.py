@@ -960,6 +960,7 @@ def test_models_in_bfloat16(s):
       for ratio in (1, -2, math.inf, math.nan, True, "3")],
     (lambda: pyra.merge_schedule("mid"), "rate must be 'low', 'high' or a number greater than 1, not 'mid'"),
     (lambda: pyra.merge_schedule("high", depth=3, tokens=8), "flops_ratio 3.463 is out of reach: merging down to 4 patches reaches 1.* at most"),
+    (lambda: pyra.merge_schedule("high", model=torch.nn.Linear(2, 2)), "model must be a pyra.VisionTransformer, not <class 'torch.nn.*Linear'>: see from_timm"),
     (lambda: pyra.merge_schedule(1.0), "greater than 1, not 1.0"),
     (lambda: pyra.merge_schedule(None), "greater than 1, not None"),
     *[(functools.partial(pyra.VisionTransformer, **{name: value}), f"{name} must be a positive integer, not {value!r}")
