@@ -205,3 +205,17 @@ def measured_rows(name):
         if "std" in row:
             row["accuracy"] = OverSeeds(float(row["accuracy"]), float(row.pop("std")), int(row.pop("seeds")))
     return rows
+
+
+def measured_runs(name, fields):
+    """The single runs in notebooks/measured/<name>.csv, {values of these fields, as text: {task: {seed: row}}}."""
+    runs = {}
+    for row in measured_rows(name):
+        runs.setdefault(tuple(row[field] for field in fields), {}).setdefault(row["task"], {})[row["seed"]] = row
+    return runs
+
+
+def paired_runs(ours, theirs):
+    """How much more accurate single runs are than others, {task: {seed: row with hits}}, over the tasks and seeds that both have, which must be one at least."""
+    common = {task: sorted(ours[task].keys() & theirs[task].keys()) for task in sorted(ours.keys() & theirs.keys())}
+    return paired_difference([[[runs[task][seed]["hits"] for seed in seeds] for runs in (ours, theirs)] for task, seeds in common.items() if seeds])

@@ -283,6 +283,19 @@ def test_paired_difference():
         records.paired_difference([(ours, theirs[:1])])
 
 
+def test_runs_are_paired_over_the_tasks_and_seeds_that_both_have(monkeypatch, tmp_path):
+    """A row per run, its hits in hexadecimal. Of a: task x with seeds 0 and 1, y with 0. Of b: x with seeds 1 and 2, z."""
+    (tmp_path / "notebooks" / "measured").mkdir(parents=True)
+    (tmp_path / "notebooks" / "measured" / "mine.csv").write_text(
+        "method,epochs,task,seed,images,hits\na,1,x,0,4,f0\na,1,x,1,4,c0\na,1,y,0,4,f0\nb,2,x,1,4,80\nb,2,x,2,4,f0\nb,2,z,0,4,00\n")
+    monkeypatch.setattr(records.files, "home", lambda: tmp_path)
+    runs = records.measured_runs("mine", ("method", "epochs"))
+    assert {key: {task: list(seeds) for task, seeds in tasks.items()} for key, tasks in runs.items()} == {
+        ("a", "1"): {"x": ["0", "1"], "y": ["0"]}, ("b", "2"): {"x": ["1", "2"], "z": ["0"]}}
+    assert runs["a", "1"]["x"]["1"]["hits"].tolist() == [True, True, False, False]
+    assert records.paired_runs(runs["a", "1"], runs["b", "2"]).mean == 25  # seed 1 of x alone: 2 hits of 4 against 1
+
+
 def test_over_seeds():
     three = records.over_seeds([80.0, 82.0, 84.0])
     assert three == (82.0, 2.0, 3) and f"{three} {three:.2f}" == "82.0 ± 2.0 82.00 ± 2.00" and str(records.over_seeds([81.25])) == "81.2"
