@@ -195,10 +195,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, dropout=0.0, scale=1.0):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.weight, self.bias = linear.in_features, linear.out_features, linear.weight, linear.bias
-        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
+        self.lora_a = nn.Parameter(nn.init.kaiming_uniform_(linear.weight.new_empty(rank, self.in_features), a=math.sqrt(5)))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
         self.dropout, self.scale, self.training = dropout, scale, linear.training
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
         if not (self.training and self.dropout):  # in the weights: tokens are many, and two wide outputs and their sum cost more than W's gradient
@@ -756,16 +755,17 @@ def load_pretrained(model, source):
     if resized:
         weights["pos_embed"] = resize_pos_embed(model, position)
         check_fit(source, own, weights, tuple(own))
-    for name, value in weights.items():
-        own[name].copy_(value)
-    model.layer_scale = any(name.endswith("ls1.gamma") for name in renamed)
+    elif source != "the module" and model.grid[0] != model.grid[1] and math.isqrt(model.num_patches) ** 2 == model.num_patches:
+        warnings.warn(f"{source}: its {model.num_patches} positions are taken for a grid of {model.grid[0]} x {model.grid[1]}, not a square's", stacklevel=4)
+    model.load_state_dict(weights, strict=False)
+    model.layer_scale, model.folded = any(name.endswith("ls1.gamma") for name in renamed), None
     return model
 
 def read_checkpoint(source):
     """load_pretrained's source -> how messages call it, {name: tensor}."""
-    source = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
+    name, source = ("the module", unwrap(source).state_dict()) if isinstance(source, nn.Module) else ("the source", source)
     if isinstance(source, Mapping):
-        return "the source", find_weights("the source", source)
+        return name, find_weights(name, source)
     require(isinstance(source, (str, os.PathLike)), f"weights must be a path, a name on the hub, tensors by name or a module, not {type(source).__name__}")
     path = os.path.expanduser(source)  # a link may have the suffix, or what it leads to
     suffix = next((end for p in (path, os.path.realpath(path)) if (end := os.path.splitext(p)[1].lower()) in SUFFIXES), None)

@@ -21,7 +21,7 @@ from pyra_lab.backbones import BACKBONES, create_backbone
 from pyra_lab.config import Config, Parser, parse, read_value
 from pyra_lab.devices import DTYPES
 from pyra_lab.methods import METHODS
-from pyra_lab.records import results, runs_folder
+from pyra_lab.records import kept_epoch, results, runs_folder
 from pyra_lab.training import run
 
 
@@ -32,8 +32,7 @@ def make_parser(command, description):
 def run_command(argv):
     result = run(parse(argv))
     if int(os.environ.get("RANK", 0)) == 0:
-        after = f"in epoch {result.best_epoch + 1}, the best on val200" if result.config["keep"] == "best" else "after the last epoch"
-        print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f} {after}; record in {result.folder}")
+        print(f"accuracy on {result.config['eval_split']}: {result.accuracy_last:.4f}, {kept_epoch(result)}; record in {result.folder}")
         name = Path(result.folder).name
         print(f"next: python -m pyra_lab predict {name} images/ --out predictions.csv\n      python -m pyra_lab export {name} folder")
     if dist.is_initialized():

@@ -103,12 +103,14 @@ def simplify(graph):
 def export_onnx(model, path, mean, std, classes=(), crop=False):
     """Writes the model for serving without PyTorch: one ONNX file, with normalisation, merging and modulation inside, LoRA folded in.
 
-    Input "images": uint8 (b, 3, img_size, img_size), RGB, any b. Output "logits": float32 (b, num_classes).
+    Input "images": uint8 (b, 3, height, width), RGB, any b. Output "logits": float32 (b, num_classes).
     mean, std: three numbers each, of pixels scaled to [0, 1], as in training; no default suits every backbone.
     classes: names by label, and crop: as in serving.Predictor; both are kept in the file's metadata, where serving.load finds them.
     The model stays as it is. Raises ImportError without onnxscript, ValueError.
     """
     check_export(model, path, mean, std, classes)
+    if crop and not isinstance(model.img_size, int):
+        raise ValueError(f"crop cuts squares out of images, and the model takes {model.img_size[0]} x {model.img_size[1]} pixels")
     try:
         from onnxscript import opset18 as op
     except ImportError as error:
@@ -195,7 +197,7 @@ def quantize_onnx(path, out, images=None):
 
     Weights are rounded per output channel, activations as they come (dynamic quantisation of onnxruntime); the head, sums, softmax and
     merging stay float32. In a batch, a map's activations share one scale, so an image's logits depend a little on its neighbours. images:
-    some to calibrate on, uint8 (n, 3, img_size, img_size), from those that were trained on. With them the outliers of few channels, which
+    some to calibrate on, uint8 (n, 3, height, width), from those that were trained on. With them the outliers of few channels, which
     ViTs have, are smoothed first (see `smooth`) with the alpha, of a few, whose logits are closest to float32's. Returns how far these
     are: their root mean square difference over that of float32's logits; None without images.
     Raises ImportError without onnxruntime, ValueError.
@@ -210,9 +212,9 @@ def quantize_onnx(path, out, images=None):
     model = onnx.load(path)
     if images is not None:
         images = np.asarray(images)
-        size = model.graph.input[0].type.tensor_type.shape.dim[3].dim_value
-        if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not len(images):
-            raise ValueError(f"images must be uint8 (n, 3, {size}, {size}), not {images.dtype} {images.shape}")
+        shape = tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:])
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise ValueError(f"images must be uint8 (n, {', '.join(map(str, shape))}), not {images.dtype} {images.shape}")
 
     def quantize(source):
         with tempfile.TemporaryDirectory() as folder, quiet_root_logger():  # it reads and writes files

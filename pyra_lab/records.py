@@ -60,6 +60,14 @@ def read_result(folder):
         raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to resume the run from its last epoch") from error
 
 
+def kept_epoch(result):
+    """Whose weights a Result's are, in words."""
+    if not result.history:
+        return "the first stage's weights"
+    best = result.config.get("keep") == "best"
+    return f"epoch {result.best_epoch + 1 if best else len(result.history)} of {len(result.history)}" + ", the best on val200" * best
+
+
 def read_results(runs=None):
     """All recorded Results, by folder. Damaged records are left out with a warning."""
     for file in sorted(runs_folder(runs).glob("*/result.json")):

@@ -22,13 +22,14 @@ from pyra_lab.config import arguments
 from pyra_lab.devices import has_fast_bfloat16
 from pyra_lab.images import NORMS, normalize
 from pyra_lab.methods import fold
-from pyra_lab.records import complete, read_result
+from pyra_lab.records import complete, kept_epoch, read_result
 from pyra_lab.speed import summarise_rounds, time_interleaved
 from pyra_lab.training import config_of, find_source, image_size, load_run
 
-FORMATS = ("float32", "int8")  # of exported files
+EXPORTED = {"float32": "model.onnx", "int8": "model.int8.onnx"}  # format -> exported file
+FORMATS = tuple(EXPORTED)
 ALONE = ("http_server.py", "serving.py")  # files of this package that run beside an exported file, without it
-RELEASED = tuple(sorted((*ALONE, "README.md", "adapter.safetensors", "model.int8.onnx", "model.onnx", "result.json")))
+RELEASED = tuple(sorted((*ALONE, *EXPORTED.values(), "README.md", "adapter.safetensors", "result.json")))
 
 
 # ---- The record and the model, without this machine ------------------------------------------------------------------
@@ -80,16 +81,33 @@ def front_matter(config, metrics, name):
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"])  # JSON is YAML
 
 
-def card(result, name=None, measured=(), weights=None):
+def usage(formats):
+    """What a card says of exported files; nothing where there are none."""
+    if not formats:
+        return ""
+    file = EXPORTED[formats[-1]]
+    return f"""Without PyTorch, in this folder; a file or a folder of images as a table, or an HTTP service that answers with classes and probabilities:
+
+```
+pip install numpy pillow onnxruntime
+python serving.py {file} images/ --top 3 --out predictions.csv
+python http_server.py {file} --port 8000
+curl --data-binary @photo.jpg http://127.0.0.1:8000/
+```
+
+{"`model.onnx` is the same in float32: slower on most CPUs, and what was trained to the last digits." + chr(10) * 2 if len(formats) > 1 else ""}"""
+
+
+def card(result, name=None, measured=(), weights=None, formats=FORMATS):
     """The model card of a run: Markdown behind Hugging Face's front matter, without this machine's paths.
 
-    name: user/name on the hub; measured: rows of a table to show, dicts of {column: value}; weights: as in `published`.
+    name: user/name on the hub; measured: rows of a table to show, dicts of {column: value}; weights: as in `published`; formats: of the
+    exported files.
     """
     size, result = image_size(config_of(result)), published(result, weights)
     config, metrics, split = config_of(result), result.metrics, result.config["eval_split"]
     task, names, norm = config.task.partition(":")[2] or config.task, result.classes or range(result.num_classes), NORMS[config.norm]
     method = report.title(config.method, config.peft, " and ")
-    epoch = result.best_epoch if config.keep == "best" else len(result.history) - 1
     scores = [f"{key.replace('_', ' ')} {metrics[key]:.1%}" for key in ("accuracy", "balanced_accuracy") if metrics.get(key) is not None]
     worst = sorted((value, i) for i, value in enumerate(metrics.get("accuracy_per_class") or []) if value is not None)[:3]
     facts = {
@@ -100,7 +118,7 @@ def card(result, name=None, measured=(), weights=None):
         "input": f"RGB, {size} x {size}, upright, on white where transparent, "
                  + ("the centre of 8/7 of that size" if config.task.startswith("stream:") else "resized straight to a square") + ", bicubic; "
                  f"mean {', '.join(map(str, norm[0]))}, std {', '.join(map(str, norm[1]))}, which is inside the ONNX files",
-        f"on {split}": f"{', '.join(scores)}; epoch {epoch + 1} of {len(result.history)}{', the best on val200' * (config.keep == 'best')}, seed {config.seed}",
+        f"on {split}": f"{', '.join(scores)}; {kept_epoch(result)}, seed {config.seed}",
         "weakest classes": ", ".join(f"{names[i]} ({value:.0%})" for value, i in worst) or "–",
         "taken for another": mistakes(result, names),
         "versions": ", ".join(f"{key} {value}" for key, value in result.versions.items()),
@@ -116,18 +134,7 @@ Sorts images into the {result.num_classes} classes of {task}: a {config.backbone
 {f"{chr(10)}## Measured{chr(10) * 2}{report.markdown_table(measured)}{chr(10)}" if measured else ""}
 ## Use
 
-Without PyTorch, in this folder; a file or a folder of images as a table, or an HTTP service that answers with classes and probabilities:
-
-```
-pip install numpy pillow onnxruntime
-python serving.py model.int8.onnx images/ --top 3 --out predictions.csv
-python http_server.py model.int8.onnx --port 8000
-curl --data-binary @photo.jpg http://127.0.0.1:8000/
-```
-
-`model.onnx` is the same in float32: slower on most CPUs, and what was trained to the last digits.
-
-With pyra-vit installed:
+{usage(sorted(formats))}With pyra-vit installed:
 
 ```python
 from pyra_lab import predict
@@ -168,7 +175,8 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     result: of a finished run. formats: of the exported files, "float32" (model.onnx) and "int8" (model.int8.onnx); none for a method that
     ONNX can't hold. images: to calibrate int8 with; by default some that were trained on. The folder gets serving.py, which predicts with
     them without PyTorch, http_server.py, which serves them, adapter.safetensors and result.json, which `predict` reads, and README.md, the
-    card. name, weights, measured: as in `card`. Raises ValueError or FileNotFoundError before anything is written, ImportError.
+    card. What an earlier call wrote there and this one doesn't is removed. name, weights, measured: as in `card`. Raises ValueError or
+    FileNotFoundError before anything is written, ImportError.
     """
     for given in formats:
         if given not in FORMATS:
@@ -179,18 +187,23 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     folder = Path(folder).expanduser()
     if formats:
         deploy.check_export(model, "model.onnx", *NORMS[result.config["norm"]], result.classes)
+    if folder.resolve() == Path(result.folder).resolve():
+        raise ValueError(f"{folder} is the run's own folder: export to another")
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "adapter.safetensors").is_file() and (folder / "result.json").is_file():  # an earlier call's, perhaps of another model
+        for file in {*EXPORTED.values()} - {EXPORTED[given] for given in formats} | (set() if formats else {*ALONE}):
+            (folder / file).unlink(missing_ok=True)
     if formats:
-        full = folder / ("model.onnx" if "float32" in formats else "model.partial.onnx")
+        full = folder / (EXPORTED["float32"] if "float32" in formats else "model.partial.onnx")
         deploy.export_onnx(model, full, *NORMS[result.config["norm"]], result.classes, streamed)
         if "int8" in formats:
-            deploy.quantize_onnx(full, folder / "model.int8.onnx", images)
+            deploy.quantize_onnx(full, folder / EXPORTED["int8"], images)
         if "float32" not in formats:
             full.unlink()
         for file in ALONE:
             shutil.copyfile(Path(serving.__file__).with_name(file), folder / file)
     shutil.copyfile(Path(result.folder) / "adapter.safetensors", folder / "adapter.safetensors")
-    record, text = dataclasses.asdict(published(result, weights)), card(result, name, measured, weights)
+    record, text = dataclasses.asdict(published(result, weights)), card(result, name, measured, weights, formats)
     files.write_atomically(folder / "result.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
     files.write_atomically(folder / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     return [name for name in RELEASED if (folder / name).is_file()]
@@ -199,7 +212,7 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
 def in_number_types(result, folder):
     """A released model as a CPU would serve it -> {dtype: (function of uint8 images (b, 3, h, w), bytes)}, bfloat16 where that is fast."""
     found, norm = {}, result.config["norm"]
-    for dtype, name in (("float32", "model.onnx"), ("int8", "model.int8.onnx")):
+    for dtype, name in EXPORTED.items():
         if (file := Path(folder) / name).is_file():
             found[dtype] = serving.load(file, torch.get_num_threads()).forward, file.stat().st_size
     if has_fast_bfloat16("cpu"):

@@ -372,7 +372,7 @@ def merged_tokens(model, images, norm, titles, blocks):
     for column, block in zip(axes.T[1:], blocks):
         for ax, image, held in zip(column, pixels, held_patches(model, images, norm, block)):
             ax.imshow(fill_tokens(image, held, model.patch_size))
-            ax.set_title(f"{len(held.unique())} tokens")
+            ax.set_title(f"{len(held[held >= 0].unique())} tokens")  # -1: a patch that was pruned
     for ax, text in zip(axes[0], ["input", *(f"after block {block}" for block in blocks)]):
         ax.set_title(f"{text}\n{ax.get_title()}".strip())
     for ax in axes.flat:

@@ -146,9 +146,10 @@ def read_image(file):
 
 
 def resize(image, size):
-    """An RGB PIL image -> uint8 (3, size, size), resized straight to a square, bicubic, as the published code does."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    """An RGB PIL image -> uint8 (3, height, width), resized straight to the size, bicubic, as the published code does. size: see Predictor."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -168,8 +169,8 @@ def crop_centre(image, size):
 class Predictor(NamedTuple):
     """A model that is ready for pixels."""
 
-    forward: Callable  # uint8 (b, 3, size, size) -> logits (b, classes), both numpy's
-    size: int
+    forward: Callable  # uint8 (b, 3, height, width) -> logits (b, classes), both numpy's
+    size: int | tuple  # pixels of a side, or (height, width)
     classes: tuple  # names by label
     crop: bool = False  # whether images are cut by crop_centre, as those of a stream: task, and not resized straight to a square
 
@@ -225,7 +226,7 @@ def list_items(images):
 
 
 def to_pixels(image, size, crop=False):
-    """A file, a PIL image or uint8 (3, h, w) -> uint8 (3, size, size), as training makes it. Raises ValueError."""
+    """A file, a PIL image or uint8 (3, h, w) -> uint8 (3, height, width), as training makes it. Raises ValueError."""
     if isinstance(image, Image.Image):
         try:
             image = to_rgb(image)
@@ -320,7 +321,9 @@ def load(file, threads=0):
     if others or images.type != "tensor(uint8)" or len(images.shape) != 4:
         raise ValueError(f"{file} is not a model that export_onnx wrote: it does not take uint8 images (b, 3, h, w)")
     classes = json.loads(meta.get("classes", "[]")) or [str(label) for label in range(session.get_outputs()[0].shape[1])]
-    return Predictor(lambda pixels: session.run(None, {images.name: pixels})[0], images.shape[3], tuple(classes), meta.get("crop") == "True")
+    height, width = images.shape[2:]
+    size = height if height == width else (height, width)
+    return Predictor(lambda pixels: session.run(None, {images.name: pixels})[0], size, tuple(classes), meta.get("crop") == "True")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ from pyra_lab import backbones, batches, budget, files, methods, tasks
 from pyra_lab.augmentation import check_augmentation
 from pyra_lab.config import Config
 from pyra_lab.devices import DTYPES, check_device
-from pyra_lab.epochs import better_of, check_loss, cut_epoch, load_trained, prepare_training, read_state, save_state, train
+from pyra_lab.epochs import better_of, check_loss, cut_epoch, load_trained, merged_share, prepare_training, read_state, save_state, train
 from pyra_lab.evaluation import check_metrics, evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
@@ -46,10 +46,10 @@ def teacher_run(config):
     """Of a config with a teacher: the larger backbone, adapted with LoRA."""
     student = config.resolved()  # the teacher shares the student's seed and so on; its device and dtype are those of the machine that trains it
     row = backbones.BACKBONES[student.teacher]
-    norm = config.norm if config.norm in (row["norm"], row.get("expects")) else None  # the student's, unless the teacher was trained with another
+    norm = student.norm if student.norm in (row["norm"], row.get("expects")) else None  # the student's, unless the teacher was trained with another
     return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
                                teacher_weights=None, img_size=None, norm=norm, method="plain", second_epochs=None, peft="lora", lora_rank=None,
-                               batch_size=None, micro_batch=None)
+                               batch_size=None)
 
 
 def prerequisites(config):
@@ -165,6 +165,14 @@ def warn_of_norm(config):
                       f"for images of your own pass --norm {row['expects']}", stacklevel=3)
 
 
+def warn_of_overlap(config):
+    """Warns where the images to evaluate on are among those to train on: an accuracy to select by would be that of training."""
+    parts = lambda split: {"train800", "val200"} if split == "train800val200" else {split}
+    if parts(config.eval_split) & parts(config.train_split):
+        warnings.warn(f"eval_split {config.eval_split} is of images that train_split {config.train_split} trains on: "
+                      "to select on val200, train on train800", stacklevel=3)
+
+
 def log_counts(config, data):
     """Logs how many images a run trains, selects and tests on."""
     use = {"test": "test on", "val200": "select on"}.get(config.eval_split, f"evaluate on ({config.eval_split})")
@@ -186,6 +194,7 @@ def run(config, runs=None, progress=True, data=None):
     if data is not None:
         config, source = take_datasets(config, data)
     warn_of_norm(config)
+    warn_of_overlap(config)
     return run_source(config, source, runs, progress)
 
 
@@ -314,6 +323,9 @@ def summarise(run, model, plan, history, metrics, kept=-1):
     """The Result of a trained model: its accuracies and what it costs. kept: the epoch of its weights where it isn't the last."""
     config, processes, task, method = run.config, run.processes, run.source.task, METHODS[run.config.method]
     evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=kept, accuracy=metrics["accuracy"])]
+    epochs = config.epochs if config.second_epochs is None else config.second_epochs
+    if config.rise:  # earlier epochs merged less, and macs tells what all of it costs
+        evaluated = [entry for entry in evaluated if merged_share(entry["epoch"], epochs, config.rise) == 1]
     if method.dial is not None:  # before its last epoch it was not held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])

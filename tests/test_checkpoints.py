@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import re
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -229,6 +230,23 @@ def test_load_pretrained_resizes_the_position_embedding(kwargs, kept, given):
         assert torch.equal(model.blocks[2].mlp.fc2.weight, weights["blocks.2.mlp.fc2.weight"])
 
 
+def test_as_many_positions_of_another_grid_are_not_taken_in_silence():
+    """16 of a square for 2 x 8: a file of that very geometry looks the same. A module tells its own."""
+    wide = dict(img_size=(8, 32))
+    with pytest.warns(UserWarning, match="the source: its 16 positions are taken for a grid of 2 x 8, not a square's"):
+        pyra.load_pretrained(tiny(**wide), tiny(img_size=16).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyra.load_pretrained(tiny(**wide), tiny(seed=1, **wide))
+        pyra.load_pretrained(tiny(img_size=(8, 24)), tiny(seed=1, img_size=(8, 24)).state_dict())  # 12 are no square's
+
+
+def test_another_backbones_weights_are_no_longer_those_that_lora_was_folded_into(tmp_path):
+    model = pyra.merge_lora(pyra.add_lora(tiny(), 2))
+    pyra.freeze(pyra.add_pyra(pyra.load_pretrained(model, tiny(seed=1)), R))
+    pyra.save_adapter(model, tmp_path / "adapter.safetensors")
+
+
 def test_load_pretrained_into_an_adapted_model(tmp_path):
     """LoRA and the generators may be there already: the backbone is loaded under them."""
     weights = tiny(seed=1).state_dict()
@@ -304,7 +322,7 @@ def test_load_pretrained_tells_what_does_not_fit(tmp_path, content, message):
     (lambda: {k: v.to("meta") for k, v in W.items()}, "the source holds no dictionary of tensors, but cls_token, pos_embed, .* and 41 more"),
     (lambda: {k: v.to_sparse() for k, v in W.items()}, "holds no dictionary of tensors"),
     (lambda: dict(enumerate(W.values())), "holds no dictionary of tensors, but 0, 1, 2"),
-    (lambda: nn.Linear(2, 2), "the source doesn't fit the model: it has none of its names, but weight, bias; is it a plain ViT?"),
+    (lambda: nn.Linear(2, 2), "the module doesn't fit the model: it has none of its names, but weight, bias; is it a plain ViT?"),
 ])
 def test_load_pretrained_tells_what_no_source_is(source, message):
     with pytest.raises(ValueError, match=message):

@@ -29,9 +29,10 @@ def test_a_run_is_recorded(task, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     done = lab("run", *argv, runs=runs)
     assert done.returncode == 0, done.stderr
-    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}) after the last epoch; record in (.+)\n"
+    shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}), epoch 1 of 1; record in (.+)\n"
                          r"next: python -m pyra_lab predict (.+) images/ --out predictions.csv\n      python -m pyra_lab export (.+) folder\n", done.stdout)
-    assert done.stderr.splitlines() == ["21 images to train on, 3 to select on"]
+    assert done.stderr.splitlines() == ["pyra_lab: note: eval_split val200 is of images that train_split train800val200 trains on: to select on val200, train on train800",
+                                        "21 images to train on, 3 to select on"]
     config = parse(argv)
     assert shown[3] == shown[4] == config.id()
     monkeypatch.setattr(training, "build_model", forbidden)  # the record that the other process made is found in this one

@@ -128,14 +128,22 @@ def test_onnx_equals_pytorch(exported, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
 
 
-def test_onnx_of_images_that_are_not_square(tmp_path, monkeypatch):
-    """The exporter gets the model with images that it takes."""
-    pytest.importorskip("onnxscript")
-    traced = []
-    monkeypatch.setattr(torch.onnx, "export", lambda pipeline, given, **_: traced.append(pipeline(*given).shape) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        deploy.export_onnx(small("tome", img_size=(32, 48)), tmp_path / "model.onnx", MEAN, STD)
-    assert traced == [(2, 5)]
+def test_onnx_of_images_that_are_not_square(tmp_path):
+    """Exported, served and calibrated with images of that shape."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    model, file = small("tome", img_size=(32, 48)), tmp_path / "model.onnx"
+    deploy.export_onnx(model, file, MEAN, STD)
+    predictor, image = serving.load(file), Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    row, = serving.predict(predictor, image, top=None)
+    x = torch.from_numpy(np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy())[None]
+    expected = model(images.normalize(x, "half"))[0].softmax(dim=0)
+    assert predictor.size == (32, 48) and row.probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
+    assert deploy.quantize_onnx(file, tmp_path / "int8.onnx", x.numpy()) < 1
+    with pytest.raises(ValueError, match=r"images must be uint8 \(n, 3, 32, 48\), not uint8 \(1, 3, 48, 32\)"):
+        deploy.quantize_onnx(file, tmp_path / "int8.onnx", x.mT.contiguous().numpy())
+    with pytest.raises(ValueError, match="crop cuts squares out of images, and the model takes 32 x 48 pixels"):
+        deploy.export_onnx(model, file, MEAN, STD, crop=True)
 
 
 def test_onnx_graph(exported):

@@ -64,6 +64,11 @@ def test_best_and_last_accuracy_are_told_apart(task, tmp_path, monkeypatch):
     assert [entry["accuracy"] for entry in result.history] == [0.25, 0.75, 0.75, 0.5]
     assert (result.accuracy_last, result.accuracy_best, result.best_epoch) == (0.5, 0.75, 1)
 
+    scripted = iter([0.0, 0.25, 0.75, 0.5, 0.25])
+    rising = Config(task=task, **{**ONE_STEP, "epochs": 4, "eval_every": 1, "method": "tome", "rise": 0.5})
+    result = run(rising, tmp_path, progress=False)
+    assert (result.accuracy_last, result.accuracy_best, result.best_epoch) == (0.25, 0.5, 2)  # earlier epochs merge less than macs tells
+
     scripted = iter([0.0, 0.75, 0.5])
     result = run(Config(task=task, **{**ONE_STEP, "epochs": 2, "eval_every": 1, "method": "ats"}), tmp_path, progress=False)
     assert (result.accuracy_last, result.accuracy_best, result.best_epoch) == (0.5, 0.5, 1)  # only after the last epoch it meets its budget
@@ -294,6 +299,14 @@ def test_runs_are_paired_over_the_tasks_and_seeds_that_both_have(monkeypatch, tm
         ("a", "1"): {"x": ["0", "1"], "y": ["0"]}, ("b", "2"): {"x": ["1", "2"], "z": ["0"]}}
     assert runs["a", "1"]["x"]["1"]["hits"].tolist() == [True, True, False, False]
     assert records.paired_runs(runs["a", "1"], runs["b", "2"]).mean == 25  # seed 1 of x alone: 2 hits of 4 against 1
+
+
+def test_the_epoch_that_was_kept(finished):
+    _, result = finished()
+    assert records.kept_epoch(result) == "epoch 3 of 3"
+    best = dataclasses.replace(result, config={**result.config, "keep": "best"}, best_epoch=1)
+    assert records.kept_epoch(best) == "epoch 2 of 3, the best on val200"
+    assert records.kept_epoch(dataclasses.replace(best, history=[], best_epoch=-1)) == "the first stage's weights"
 
 
 def test_over_seeds():

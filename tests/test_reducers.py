@@ -357,6 +357,16 @@ def test_ltmp_whose_thresholds_never_fire_is_plain(global_pool, distilled):
         assert (counts == 36 + model.specials).all()
 
 
+def test_a_patch_alone_neither_merges_nor_is_pruned():
+    """Without special tokens: LTMP whose thresholds always fire goes on with the last one, and a learned metric has one target to choose."""
+    kwargs, x = dict(class_token=False, global_pool="avg", img_size=8), numbers(2, 3, 8, 8)
+    for mode in (True, False):
+        logits, counts = budget.forward_counted(add_ltmp(tiny(**kwargs), merge=-1.0, prune=0.0).train(mode), x)
+        assert logits.isfinite().all() and counts.detach()[:, 0].tolist() == [4, 2, 1, 1]
+    for add in (dtem.add_dtem, fpet.add_fpet):
+        assert add(tiny(**kwargs), [2, 1, 0]).train()(x).isfinite().all()
+
+
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
 def test_diffrate_that_keeps_all_is_plain(global_pool):
     model = add_diffrate(tiny(global_pool=global_pool))

@@ -92,13 +92,27 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
     for part in ("blue, green, red", f"accuracy {result.accuracy_last:.1%}", "24 x 24", "12.5", "--weights=timm/small", "predict('me/colours'", "pip install numpy pillow onnxruntime",
                  "python http_server.py model.int8.onnx", "curl --data-binary @photo.jpg"):
         assert part in body, part
+    assert "model.int8.onnx" not in card(result, formats=("float32",)) and "python serving.py model.onnx images/" in card(result, formats=("float32",))
+    assert ".onnx" not in card(result, formats=()) and "Without PyTorch" not in card(result, formats=())
     write_release(result, tmp_path / "bare", formats=())
+    assert "Without PyTorch" not in (tmp_path / "bare" / "README.md").read_text()
+    for file in ("model.onnx", "model.int8.onnx", "serving.py", "mine.txt"):
+        (tmp_path / "bare" / file).touch()
+    assert "model.onnx" not in write_release(result, tmp_path / "bare", formats=())  # what an earlier call may have written is of another model
+    (tmp_path / "bare" / "mine.txt").unlink()
     assert files_in(tmp_path / "bare") == ["README.md", "adapter.safetensors", "result.json"]
     record = json.loads((tmp_path / "bare" / "result.json").read_text())
     folder = task.removeprefix("folder:")
     for text in (text, card(result), json.dumps(record)):
         assert not re.search(f"{folder}|{Path(result.config['weights']).parent}|{result.folder}", text)
     assert identical(trained(load_run(result)), adapter(result))
+
+
+def test_a_runs_own_folder_is_not_written_over(result):
+    before = {file.name: file.read_bytes() for file in Path(result.folder).iterdir()}
+    with pytest.raises(ValueError, match="is the run's own folder: export to another"):
+        write_release(result, result.folder, formats=())
+    assert {file.name: file.read_bytes() for file in Path(result.folder).iterdir()} == before
 
 
 def test_int8_is_calibrated_on_what_was_trained_on(result, task):

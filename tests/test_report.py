@@ -10,6 +10,7 @@ from helpers import ROOT, rows, tiny
 import pyra
 from pyra_lab import METHODS, Method, Result, report
 from pyra_lab.records import OverSeeds, over_images, over_seeds
+from pyra_lab.reducers.tofu import add_tofu
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -178,6 +179,13 @@ def test_merged_tokens_fills_each_token_with_its_mean_colour(canvas):
             mean = (image.float() / 255)[:, same].mean(dim=1)
             middle = picture[int((row + 0.5) * 4 * scale), int((column + 0.5) * 4 * scale)]  # a line runs along the upper and left edges
             assert middle == pytest.approx(mean.numpy(), abs=1e-5)
+
+
+def test_pruned_patches_are_no_token(canvas):
+    model = add_tofu(tiny(), [12, 8, 4])
+    with torch.no_grad():
+        report.merged_tokens(model, torch.zeros(1, 3, 24, 24, dtype=torch.uint8), "half", ["one"], blocks=[3])
+    assert canvas.gcf().axes[1].get_title() == f"after block 3\n{36 - 12 - 8 - 4} tokens"
 
 
 # ---- What was measured ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """One run: resuming, two stages, teachers, plans, Datasets of one's own, and what is refused before anything is written."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import pyra
 from pyra_lab import METHODS, Config, Method, evaluation, fold, load_run, records, run, training
+from pyra_lab.backbones import BACKBONES
 from pyra_lab.batches import in_batches
 from pyra_lab.budget import forward_counted, mean_macs, schedule, target_macs
 from pyra_lab.grid import with_prerequisites
@@ -212,9 +214,19 @@ def test_prerequisites():
     order = list(with_prerequisites([config, *others]))
     assert order.index(teacher.id()) < order.index(first_stage(others[0]).id())
     taught = teacher_run(Config(teacher="vit_base_patch16_224"))  # its id is that of the machine that trains it
-    assert (taught.device, taught.dtype, taught.norm) == (None, None, None)  # and its normalisation its own
-    assert teacher_run(Config(teacher="vit_base_patch16_224", norm="half")).norm == "half"  # unless the config says another that it was trained with
-    assert teacher_run(Config(teacher="vit_small_patch14_dinov2", norm="half")).norm is None
+    assert (taught.device, taught.dtype) == (None, None)
+    assert teacher_run(dataclasses.replace(config, micro_batch=4)).micro_batch == 4  # the larger model needs it first
+
+
+def test_a_teacher_is_fed_what_it_was_trained_with():
+    """The student's normalisation where its weights go with that, else its own; and it is one run, whether the config was resolved or not."""
+    norm = lambda **fields: teacher_run(Config(**fields)).resolved().norm
+    assert norm(backbone="vit_tiny_patch16_224", norm="half", teacher="vit_base_patch16_224") == "half"
+    assert norm(backbone="vit_tiny_patch16_224", teacher="vit_base_patch16_224") == "imagenet"
+    assert norm(backbone="vit_tiny_patch16_224", norm="half", teacher="vit_small_patch14_dinov2") == "imagenet"
+    for student, teacher in itertools.product(("vit_nano_patch4_56", "vit_tiny_patch16_224", "vit_base_patch16_siglip_224"), BACKBONES):
+        config = Config(backbone=student, teacher=teacher, device="cpu")
+        assert teacher_run(config).id() == teacher_run(config.resolved()).id(), (student, teacher)
 
 
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path):

@@ -56,7 +56,7 @@ class LTMP(nn.Module):
     def forward(self, tokens, qkv):
         x, size, source = pyra.with_sizes(tokens._replace(x=pyra.widen(tokens.x)))
         (b, n, _), p = x.shape, self.specials
-        if n == p:
+        if n <= max(p, 1):  # one patch alone has no partner, and is not to be pruned
             return tokens
         alive, dead = alive_mask(size), size[..., 0] == 0
         number = torch.where(dead[..., None], 1, size.detach())

@@ -94,7 +94,7 @@ def merge_learned(tokens, metric, matching, targets, modulate=None):
     with torch.autocast(metric.device.type, enabled=False):
         unit = F.normalize(metric.float(), dim=-1)
         cosines = (pyra.take(unit, src) @ pyra.take(unit, stay).mT).masked_fill(~targets[:, None], -math.inf)  # (b, r, kept)
-        threshold = cosines.topk(2, dim=-1).values.clamp(min=-1).mean(dim=-1, keepdim=True)  # -1: there may be one target alone
+        threshold = cosines.topk(min(2, cosines.shape[-1]), dim=-1).values.clamp(min=-1).mean(dim=-1, keepdim=True)  # -1: there may be one target alone
         soft = (cosines - threshold).sigmoid()
     chosen = straight_through(F.one_hot(dst, stay.shape[1]).float(), soft)
     x, size, _ = pyra.with_sizes(tokens._replace(x=pyra.widen(tokens.x)))
