@@ -65,8 +65,8 @@ class Config:
     drop_path: float = option(0.1, "stochastic depth of the last block, rising linearly from 0")
     dropout: float = option(0.1, "on LoRA's input, or inside another PEFT")
     augment: str = option("none", "what is done to the images to train on, at random", AUGMENTS)
-    keep: str = option("last", "the epoch whose weights are kept: last, or best: the best on val200, evaluated every eval_every epochs, or every one", KEEP)
-    norm: str | None = option(None, "normalisation: imagenet, half (0.5), clip or none; by default the one of the backbone's row", NORMS)
+    keep: str = option("last", "the epoch whose weights are kept: last, or best: the best on val200, evaluated every eval_every epochs (0: after each)", KEEP)
+    norm: str | None = option(None, "normalisation: imagenet, half (0.5), clip or none; by default the backbone's, see data/README.md", NORMS)
     seed: int = option(0, "seed of initialisation, order and dropout")
     # on what
     train_split: str = option("train800val200", "images to train on; train800 when selecting on val200", SPLITS)
