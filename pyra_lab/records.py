@@ -224,6 +224,6 @@ def measured_runs(name, fields):
 
 
 def paired_runs(ours, theirs):
-    """How much more accurate single runs are than others, {task: {seed: row with hits}}, over the tasks and seeds that both have, which must be one at least."""
+    """How much more accurate single runs are than others, {task: {seed: row with hits}}, over the tasks and seeds that both have, one at least."""
     common = {task: sorted(ours[task].keys() & theirs[task].keys()) for task in sorted(ours.keys() & theirs.keys())}
     return paired_difference([[[runs[task][seed]["hits"] for seed in seeds] for runs in (ours, theirs)] for task, seeds in common.items() if seeds])
