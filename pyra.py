@@ -356,7 +356,7 @@ def attend(qkv, size=None):
 class RoPE(nn.Module):
     """DINOv3's rotary positions: turns pairs of channels of q and k by angles that grow with a token's place. Special tokens stay as they are.
 
-    A merged token's place is the mean of its patches', each a point in [-1, 1]^2: our reading. The mean of their sines would shrink q and k."""
+    A merged token's sines and cosines are the mean of its patches': its scores are the mean of what theirs would be with its q and k. Our reading."""
     def __init__(self, grid, specials):
         super().__init__()
         centres = torch.cartesian_prod(*(2 * torch.arange(k) + 1 for k in grid))  # of the patches, in halves of a patch
@@ -365,11 +365,11 @@ class RoPE(nn.Module):
 
     def forward(self, qkv, source):
         b, h, n, d = qkv.k.shape
-        place = F.pad(self.place / self.side - 1, (0, 1), value=1.0).expand(b, -1, -1)  # (b, n0, 3): y, x, and 1, which counts patches
-        total = place.new_zeros(b, n + 1, 3).scatter_add(1, repeat(torch.where(source < 0, n, source), "b n -> b n 3"), place)[:, :n]
-        frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=place.device) * 4 / d)  # 100: DINOv3's base
-        angle = rearrange(total[..., :2, None] / total[..., 2:, None].clamp(min=1) * frequency, "b n two f -> b 1 n (two f)")
-        cos, sin = angle.cos(), angle.sin()
+        frequency = 2 * math.pi / 100 ** (torch.arange(d // 4, device=source.device) * 4 / d)  # 100: DINOv3's base
+        angle = rearrange((self.place / self.side - 1)[..., None] * frequency, "n two f -> n (two f)")  # places are points in [-1, 1]^2
+        waves = F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, 1), value=1.0).expand(b, -1, -1)  # (b, n0, d + 1): the 1 counts patches
+        total = add_at(waves.new_zeros(b, n + 1, d + 1), torch.where(source < 0, n, source), waves)[:, None, :n]
+        cos, sin = (total[..., :-1] / total[..., -1:].clamp(min=1)).chunk(2, dim=-1)
         turn = lambda u, v: torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1)
         rotate = lambda x: turn(*x.float().chunk(2, dim=-1)).to(x.dtype)
         return QKV(rotate(qkv.q), rotate(qkv.k), qkv.v, unrotated=qkv.k)

@@ -1,5 +1,6 @@
 """Backbones that came after ViT and DeiT: DINOv2, DINOv3, DeiT III, CLIP, SigLIP, by timm's names, files and modules, and all that is done to them."""
 
+import cmath
 import copy
 import math
 import os
@@ -180,16 +181,16 @@ def naive_rotation(x, grid, held, specials):
         if token < specials:
             continue
         centres = [((i - specials) // width, (i - specials) % width) for i in patches]
-        place = [sum((2 * (centre[axis] + 0.5) / side - 1) for centre in centres) / len(centres) for axis, side in enumerate((height, width))]
         for j in range(2 * quarter):
-            angle = 2 * math.pi * place[j // quarter] / 100 ** (2 * (j % quarter) / (2 * quarter))
-            value = complex(x[token, j], x[token, j + 2 * quarter]) * complex(math.cos(angle), math.sin(angle))
+            axis, period = j // quarter, 100 ** (2 * (j % quarter) / (2 * quarter))
+            angles = [2 * math.pi * (2 * (centre[axis] + 0.5) / (height, width)[axis] - 1) / period for centre in centres]
+            value = complex(x[token, j], x[token, j + 2 * quarter]) * sum(cmath.exp(1j * angle) for angle in angles) / len(angles)
             turned[token, j], turned[token, j + 2 * quarter] = value.real, value.imag
     return turned
 
 
 @torch.no_grad()
-def test_a_merged_token_is_at_the_mean_place_of_its_patches():
+def test_a_merged_token_turns_by_the_mean_of_its_patches():
     """On a grid that isn't square; special tokens and lost patches (source -1) turn nothing, and what is compared is the key before."""
     model = variant("dinov3", "tome", img_size=(16, 24))
     tokens = model.forward_tokens(numbers(2, 3, 16, 24), 2)

@@ -1,20 +1,21 @@
-"""What a merged token's rotary position should be: `python notebooks/measured/rope.py` writes rope.csv beside it, in an hour on one core.
+"""What a merged token's rotary position should be: `python notebooks/measured/rope.py folder` writes rope.csv beside it, in half an hour on one core.
 
 No small ViT with RoPE is published, so one is made first: vit_nano_patch4_56 without its position embedding and with DINOv3's RoPE instead,
-trained further on the scenes that it was pre-trained on. Then ToMe merges it by three readings: as it is, and in training with LoRA.
+trained further on the scenes that it was pre-trained on. Then ToMe merges it by four readings: as it is, and in training with LoRA.
 """
 
 import argparse
 import csv
+import functools
+import itertools
 import math
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import pyra
 from pyra_lab import Config, backbones, run
@@ -78,31 +79,38 @@ def pretrain(steps, scenes):
     return model, heads
 
 
-# ---- Three readings --------------------------------------------------------------------------------------------------
+# ---- Four readings ---------------------------------------------------------------------------------------------------
 
-OURS = pyra.RoPE.forward
-
-
-def rotated_keys(self, qkv, source):
-    """Tokens are compared by their keys after rotation, which tell the place too."""
-    return OURS(self, qkv, source)._replace(unrotated=None)
+PLACES, KEYS = ("coordinates", "sines"), ("before", "after")
 
 
-def mean_of_sines(self, qkv, source):
-    """A merged token's sines and cosines are the mean of its patches', which shrinks q and k."""
-    b, h, n, d = qkv.k.shape
+def means(values, source, n):
+    """values (n0, e) of the patches -> (b, n, e), the mean over the patches of each of n tokens."""
+    values = F.pad(values, (0, 1), value=1.0).expand(len(source), -1, -1)
+    index = repeat(torch.where(source < 0, n, source), "b n -> b n e", e=values.shape[-1])
+    total = values.new_zeros(len(source), n + 1, values.shape[-1]).scatter_add(1, index, values)[:, :n]
+    return total[..., :-1] / total[..., -1:].clamp(min=1)
+
+
+def rotate(self, qkv, source, place, keys):
+    """RoPE.forward by one of the readings.
+
+    place: a merged token's angles are those of its patches' mean coordinates, or its sines and cosines are their mean, which shrinks q and k.
+    keys: tokens are compared by their keys before rotation, or after, when they tell the place too.
+    """
+    n, d = qkv.k.shape[2:]
     frequency = 2 * math.pi / 100 ** (torch.arange(d // 4) * 4 / d)
-    angle = rearrange((self.place / self.side - 1)[..., None] * frequency, "n two f -> n (two f)")
-    waves = torch.cat([angle.cos(), angle.sin(), torch.ones(len(angle), 1)], dim=1).expand(b, -1, -1)
-    index = repeat(torch.where(source < 0, n, source), "b n -> b n e", e=waves.shape[-1])
-    total = waves.new_zeros(b, n + 1, waves.shape[-1]).scatter_add(1, index, waves)[:, None, :n]
-    cos, sin = (total[..., :-1] / total[..., -1:].clamp(min=1)).chunk(2, dim=-1)
+    angles = lambda yx: rearrange(yx[..., None] * frequency, "... two f -> ... (two f)")
+    own = self.place / self.side - 1  # (n0, 2)
+    if place == "coordinates":
+        angle = angles(means(own, source, n))
+        cos, sin = angle.cos(), angle.sin()
+    else:
+        cos, sin = means(torch.cat([angles(own).cos(), angles(own).sin()], dim=-1), source, n).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
     turn = lambda u, v: torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1)
-    rotate = lambda x: turn(*x.float().chunk(2, dim=-1)).to(x.dtype)
-    return pyra.QKV(rotate(qkv.q), rotate(qkv.k), qkv.v, unrotated=qkv.k)
-
-
-READINGS = {"mean place, keys before rotation": OURS, "mean place, keys after rotation": rotated_keys, "mean of sines, keys before rotation": mean_of_sines}
+    turned = lambda x: turn(*x.float().chunk(2, dim=-1)).to(x.dtype)
+    return pyra.QKV(turned(qkv.q), turned(qkv.k), qkv.v, unrotated=qkv.k if keys == "before" else None)
 
 
 @torch.no_grad()
@@ -118,37 +126,39 @@ def share_correct(model, heads, images, answers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="for the backbone and the runs, which a second call finds there")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=30000)
-    parser.add_argument("--tasks", nargs="+", default=["sprites_location", "sprites_orientation", "digits"])
+    parser.add_argument("--tasks", nargs="+", default=["sprites_location", "digits"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default=HERE / "rope.csv", type=Path)
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    model, heads = pretrain(args.steps, args.scenes)
-    images, answers = draw_many(2000, 10 ** 6, 1)
-    rows = []
+    file, heads_file = args.folder / "rope.safetensors", args.folder / "heads.safetensors"
+    if not heads_file.is_file():
+        for module, path in zip(pretrain(args.steps, args.scenes), (file, heads_file)):
+            save_file(module.state_dict(), path)
+    model, (_, heads) = with_rope(), build()
+    model.load_state_dict(load_file(file)), heads.load_state_dict(load_file(heads_file))
+    (images, answers), rows = draw_many(2000, 10 ** 6, 1), []
 
-    def add(reading, rate, measured, seed, value):
-        rows.append(dict(reading=reading, rate=rate, measured=measured, seed=seed, accuracy=f"{value:.4f}"))
+    def add(place, keys, rate, measured, seed, value):
+        rows.append(dict(place=place, keys=keys, rate=rate, measured=measured, seed=seed, accuracy=f"{value:.4f}"))
         print(*rows[-1].values(), flush=True)
 
-    add("", "plain", "scenes", 0, share_correct(model, heads, images, answers))
-    with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/rope.safetensors"
-        save_file(model.state_dict(), file)
-        pyra.SIZES["vit_nano_rope_patch4_56"] = SIZE
-        backbones.BACKBONES["vit_nano_rope_patch4_56"] = dict(weights=file, norm="half", lora_rank=8, batch_size=64)
-        for name, reading in READINGS.items():
-            pyra.RoPE.forward = reading
-            for rate in ("low", "high"):
-                pyra.add_tome(model, pyra.merge_schedule(rate, model=model))
-                add(name, rate, "scenes", 0, share_correct(model, heads, images, answers))
-            pyra.add_tome(model, 0)
-            for task in args.tasks:
-                for seed in range(args.seeds):
-                    config = Config(task=task, backbone="vit_nano_rope_patch4_56", weights=file, method="tome", epochs=2, lr=8e-3, seed=seed)
-                    add(name, "high", task, seed, run(config, f"{folder}/{reading.__name__}", progress=False).accuracy_last)
+    add("", "", "plain", "scenes", 0, share_correct(model, heads, images, answers))
+    pyra.SIZES["vit_nano_rope_patch4_56"] = SIZE
+    backbones.BACKBONES["vit_nano_rope_patch4_56"] = dict(weights=str(file), norm="half", lora_rank=8, batch_size=64)
+    for place, keys in itertools.product(PLACES, KEYS):
+        pyra.RoPE.forward = functools.partialmethod(rotate, place=place, keys=keys)
+        for rate in ("low", "high"):
+            pyra.add_tome(model, pyra.merge_schedule(rate, model=model))
+            add(place, keys, rate, "scenes", 0, share_correct(model, heads, images, answers))
+        for task in args.tasks:
+            for seed in range(args.seeds):
+                config = Config(task=task, backbone="vit_nano_rope_patch4_56", weights=str(file), method="tome", epochs=2, lr=8e-3, seed=seed)
+                add(place, keys, "high", task, seed, run(config, args.folder / f"{place}-{keys}", progress=False).accuracy_last)
     with open(args.out, "w", newline="") as out:
         writer = csv.DictWriter(out, rows[0])
         writer.writeheader()
