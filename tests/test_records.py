@@ -73,6 +73,11 @@ def test_best_and_last_accuracy_are_told_apart(task, tmp_path, monkeypatch):
     result = run(Config(task=task, **{**ONE_STEP, "epochs": 2, "eval_every": 1, "method": "ats"}), tmp_path, progress=False)
     assert (result.accuracy_last, result.accuracy_best, result.best_epoch) == (0.5, 0.5, 1)  # only after the last epoch it meets its budget
 
+    assert records.kept_epoch(result) == "epoch 2 of 2"
+    best = dataclasses.replace(result, config={**result.config, "keep": "best"}, best_epoch=0)
+    assert records.kept_epoch(best) == "epoch 1 of 2, the best on val200"
+    assert records.kept_epoch(dataclasses.replace(best, history=[], best_epoch=-1)) == "the first stage's weights"
+
 
 def test_finished_run_is_found_not_repeated(tmp_path, monkeypatch):
     """Even where its images are gone."""
@@ -299,14 +304,6 @@ def test_runs_are_paired_over_the_tasks_and_seeds_that_both_have(monkeypatch, tm
         ("a", "1"): {"x": ["0", "1"], "y": ["0"]}, ("b", "2"): {"x": ["1", "2"], "z": ["0"]}}
     assert runs["a", "1"]["x"]["1"]["hits"].tolist() == [True, True, False, False]
     assert records.paired_runs(runs["a", "1"], runs["b", "2"]).mean == 25  # seed 1 of x alone: 2 hits of 4 against 1
-
-
-def test_the_epoch_that_was_kept(finished):
-    _, result = finished()
-    assert records.kept_epoch(result) == "epoch 3 of 3"
-    best = dataclasses.replace(result, config={**result.config, "keep": "best"}, best_epoch=1)
-    assert records.kept_epoch(best) == "epoch 2 of 3, the best on val200"
-    assert records.kept_epoch(dataclasses.replace(best, history=[], best_epoch=-1)) == "the first stage's weights"
 
 
 def test_over_seeds():

@@ -100,19 +100,14 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
         (tmp_path / "bare" / file).touch()
     assert "model.onnx" not in write_release(result, tmp_path / "bare", formats=())  # what an earlier call may have written is of another model
     (tmp_path / "bare" / "mine.txt").unlink()
+    with pytest.raises(ValueError, match="is the run's own folder: export to another"):
+        write_release(result, result.folder, formats=())
     assert files_in(tmp_path / "bare") == ["README.md", "adapter.safetensors", "result.json"]
     record = json.loads((tmp_path / "bare" / "result.json").read_text())
     folder = task.removeprefix("folder:")
     for text in (text, card(result), json.dumps(record)):
         assert not re.search(f"{folder}|{Path(result.config['weights']).parent}|{result.folder}", text)
     assert identical(trained(load_run(result)), adapter(result))
-
-
-def test_a_runs_own_folder_is_not_written_over(result):
-    before = {file.name: file.read_bytes() for file in Path(result.folder).iterdir()}
-    with pytest.raises(ValueError, match="is the run's own folder: export to another"):
-        write_release(result, result.folder, formats=())
-    assert {file.name: file.read_bytes() for file in Path(result.folder).iterdir()} == before
 
 
 def test_int8_is_calibrated_on_what_was_trained_on(result, task):

@@ -180,9 +180,8 @@ def test_merged_tokens_fills_each_token_with_its_mean_colour(canvas):
             middle = picture[int((row + 0.5) * 4 * scale), int((column + 0.5) * 4 * scale)]  # a line runs along the upper and left edges
             assert middle == pytest.approx(mean.numpy(), abs=1e-5)
 
-
-def test_pruned_patches_are_no_token(canvas):
-    model = add_tofu(tiny(), [12, 8, 4])
+    canvas.close("all")
+    model = add_tofu(tiny(), [12, 8, 4])  # pruned patches are no token
     with torch.no_grad():
         report.merged_tokens(model, torch.zeros(1, 3, 24, 24, dtype=torch.uint8), "half", ["one"], blocks=[3])
     assert canvas.gcf().axes[1].get_title() == f"after block 3\n{36 - 12 - 8 - 4} tokens"
