@@ -738,9 +738,9 @@ def load_pretrained(model, source):
     "owner/name"; a mapping of tensors; or a module. Names may be timm's, Google's or Hugging Face's, behind any wrappers' prefix; EMA weights
     come first, with a warning. A head of other classes is left out, as is what the model's pooling doesn't use (MAE trains a new fc_norm); the
     position embedding is resized, other parts are folded: see `fold_extras`. No code in a file is run. Raises FileNotFoundError, ValueError."""
-    source, found = read_checkpoint(source)
+    what, found = read_checkpoint(source)
     own = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "peft_" not in k and ".reducer." not in k}
-    weights = fold_extras(model, renamed := to_timm_names(source, found), own)
+    weights = fold_extras(model, renamed := to_timm_names(what, found), own)
     shapes = {f"{head}.": getattr(weights.get(f"{head}.weight"), "shape", ()) for head in ("head", "head_dist")[: 1 + model.distilled]}
     left = [head for head, shape in shapes.items() if shape[1:] == (model.embed_dim,) and shape[0] != model.num_classes]
     left += [part for part in ("norm.", "attn_pool.") if not any(k.startswith(part) for k in own)]
@@ -751,21 +751,21 @@ def load_pretrained(model, source):
     reasons = [f"; it looks like {kind}" for pattern, kind in SIGNS if any(re.search(pattern, name) for name in found)]
     reasons += ["; is it of another size?" for k in ("cls_token", "patch_embed.proj.weight") if k in weights and weights[k].shape != own[k].shape]
     reasons += ["; is it a plain ViT?" if len(own.keys() & weights.keys()) < len(own) / 2 else ""]
-    check_fit(source, own, weights, ("head.", "head_dist.", "fc_norm."), reasons[0])
+    check_fit(what, own, weights, ("head.", "head_dist.", "fc_norm."), reasons[0])
     if resized:
         weights["pos_embed"] = resize_pos_embed(model, position)
-        check_fit(source, own, weights, tuple(own))
-    elif source != "the module" and model.grid[0] != model.grid[1] and math.isqrt(model.num_patches) ** 2 == model.num_patches:
-        warnings.warn(f"{source}: its {model.num_patches} positions are taken for a grid of {model.grid[0]} x {model.grid[1]}, not a square's", stacklevel=4)
+        check_fit(what, own, weights, tuple(own))
+    elif not isinstance(source, nn.Module) and model.grid[0] != model.grid[1] and math.isqrt(model.num_patches) ** 2 == model.num_patches:
+        warnings.warn(f"{what}: its {model.num_patches} positions are taken for a grid of {model.grid[0]} x {model.grid[1]}, not a square's", stacklevel=4)
     model.load_state_dict(weights, strict=False)
     model.layer_scale, model.folded = any(name.endswith("ls1.gamma") for name in renamed), None
     return model
 
 def read_checkpoint(source):
     """load_pretrained's source -> how messages call it, {name: tensor}."""
-    name, source = ("the module", unwrap(source).state_dict()) if isinstance(source, nn.Module) else ("the source", source)
+    source = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
     if isinstance(source, Mapping):
-        return name, find_weights(name, source)
+        return "the source", find_weights("the source", source)
     require(isinstance(source, (str, os.PathLike)), f"weights must be a path, a name on the hub, tensors by name or a module, not {type(source).__name__}")
     path = os.path.expanduser(source)  # a link may have the suffix, or what it leads to
     suffix = next((end for p in (path, os.path.realpath(path)) if (end := os.path.splitext(p)[1].lower()) in SUFFIXES), None)

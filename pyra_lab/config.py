@@ -16,7 +16,7 @@ from pyra_lab.augmentation import AUGMENTS
 from pyra_lab.backbones import BACKBONES, MODULATION_LRS, SHIPPED, default_img_size
 from pyra_lab.devices import DTYPES, check_device_name, default_device, has_fast_bfloat16
 from pyra_lab.images import NORMS
-from pyra_lab.layouts import SPLITS
+from pyra_lab.layouts import SPLITS, overlap
 from pyra_lab.methods import METHODS, OPTIONAL, PEFTS
 from pyra_lab.vtab import ALIASES
 
@@ -209,7 +209,7 @@ def check_combinations(config):
     if config.keep == "best":
         if streamed:
             raise ValueError(f"keep best selects on val200, and {config.task} has no images besides those to train and to test on: keep the last epoch")
-        if config.train_split in ("val200", "train800val200"):
+        if overlap("val200", config.train_split):
             raise ValueError(f"keep best selects on val200, and train_split {config.train_split} trains on it: take train800")
         if config.rise and "rise" in method.uses:
             raise ValueError("keep best can't compare epochs that merge different numbers of tokens: leave out rise, or keep the last epoch")

@@ -24,6 +24,12 @@ SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot",
           "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems leave among others' files, besides names with a dot in front
 
 
+def overlap(one, other):
+    """Whether two of the SPLITS share images."""
+    parts = lambda split: {"train800", "val200"} if split == "train800val200" else {split}
+    return bool(parts(one) & parts(other))
+
+
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 
 

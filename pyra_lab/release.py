@@ -85,7 +85,7 @@ def usage(formats):
     """What a card says of exported files; nothing where there are none."""
     if not formats:
         return ""
-    file = EXPORTED[formats[-1]]
+    file = [EXPORTED[known] for known in FORMATS if known in formats][-1]  # int8 where there is one
     return f"""Without PyTorch, in this folder; a file or a folder of images as a table, or an HTTP service that answers with classes and probabilities:
 
 ```
@@ -134,7 +134,7 @@ Sorts images into the {result.num_classes} classes of {task}: a {config.backbone
 {f"{chr(10)}## Measured{chr(10) * 2}{report.markdown_table(measured)}{chr(10)}" if measured else ""}
 ## Use
 
-{usage(sorted(formats))}With pyra-vit installed:
+{usage(formats)}With pyra-vit installed:
 
 ```python
 from pyra_lab import predict
@@ -190,8 +190,9 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     if folder.resolve() == Path(result.folder).resolve():
         raise ValueError(f"{folder} is the run's own folder: export to another")
     folder.mkdir(parents=True, exist_ok=True)
+    written = {"README.md", "adapter.safetensors", "result.json", *(EXPORTED[given] for given in formats), *(ALONE if formats else ())}
     if (folder / "adapter.safetensors").is_file() and (folder / "result.json").is_file():  # an earlier call's, perhaps of another model
-        for file in {*EXPORTED.values()} - {EXPORTED[given] for given in formats} | (set() if formats else {*ALONE}):
+        for file in {*RELEASED} - written:
             (folder / file).unlink(missing_ok=True)
     if formats:
         full = folder / (EXPORTED["float32"] if "float32" in formats else "model.partial.onnx")
@@ -206,7 +207,7 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     record, text = dataclasses.asdict(published(result, weights)), card(result, name, measured, weights, formats)
     files.write_atomically(folder / "result.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
     files.write_atomically(folder / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
-    return [name for name in RELEASED if (folder / name).is_file()]
+    return sorted(written)
 
 
 def in_number_types(result, folder):

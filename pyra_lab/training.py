@@ -28,6 +28,7 @@ from pyra_lab.config import Config
 from pyra_lab.devices import DTYPES, check_device
 from pyra_lab.epochs import better_of, check_loss, cut_epoch, load_trained, merged_share, prepare_training, read_state, save_state, train
 from pyra_lab.evaluation import check_metrics, evaluate
+from pyra_lab.layouts import overlap
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
 from pyra_lab.processes import Processes, connect, from_environment
@@ -167,8 +168,7 @@ def warn_of_norm(config):
 
 def warn_of_overlap(config):
     """Warns where the images to evaluate on are among those to train on: an accuracy to select by would be that of training."""
-    parts = lambda split: {"train800", "val200"} if split == "train800val200" else {split}
-    if parts(config.eval_split) & parts(config.train_split):
+    if not config.task.startswith("stream:") and overlap(config.eval_split, config.train_split):  # of a stream val200 is its test images
         warnings.warn(f"eval_split {config.eval_split} is of images that train_split {config.train_split} trains on: "
                       "to select on val200, train on train800", stacklevel=3)
 
@@ -322,10 +322,8 @@ def finish(run, model, plan, state):
 def summarise(run, model, plan, history, metrics, kept=-1):
     """The Result of a trained model: its accuracies and what it costs. kept: the epoch of its weights where it isn't the last."""
     config, processes, task, method = run.config, run.processes, run.source.task, METHODS[run.config.method]
-    evaluated = [entry for entry in history if "accuracy" in entry] or [dict(epoch=kept, accuracy=metrics["accuracy"])]
-    epochs = config.epochs if config.second_epochs is None else config.second_epochs
-    if config.rise:  # earlier epochs merged less, and macs tells what all of it costs
-        evaluated = [entry for entry in evaluated if merged_share(entry["epoch"], epochs, config.rise) == 1]
+    whole = [entry for entry in history if merged_share(entry["epoch"], len(history), config.rise) == 1]  # others merged less than macs tells
+    evaluated = [entry for entry in whole if "accuracy" in entry] or [dict(epoch=kept, accuracy=metrics["accuracy"])]
     if method.dial is not None:  # before its last epoch it was not held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])

@@ -322,7 +322,7 @@ def test_load_pretrained_tells_what_does_not_fit(tmp_path, content, message):
     (lambda: {k: v.to("meta") for k, v in W.items()}, "the source holds no dictionary of tensors, but cls_token, pos_embed, .* and 41 more"),
     (lambda: {k: v.to_sparse() for k, v in W.items()}, "holds no dictionary of tensors"),
     (lambda: dict(enumerate(W.values())), "holds no dictionary of tensors, but 0, 1, 2"),
-    (lambda: nn.Linear(2, 2), "the module doesn't fit the model: it has none of its names, but weight, bias; is it a plain ViT?"),
+    (lambda: nn.Linear(2, 2), "the source doesn't fit the model: it has none of its names, but weight, bias; is it a plain ViT?"),
 ])
 def test_load_pretrained_tells_what_no_source_is(source, message):
     with pytest.raises(ValueError, match=message):

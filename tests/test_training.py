@@ -229,6 +229,18 @@ def test_a_teacher_is_fed_what_it_was_trained_with():
         assert teacher_run(config).id() == teacher_run(config.resolved()).id(), (student, teacher)
 
 
+@rows("task, train_split, eval_split, warned", [
+    ("digits", "train800val200", "val200", True), ("digits", "val200", "train800val200", True), ("digits", "train800", "train800", True),
+    ("digits", "train800", "val200", False), ("digits", "train800val200", "test", False),
+    ("stream:/images", "train800val200", "val200", False),  # a stream's test images
+])
+def test_selecting_on_what_was_trained_on_is_warned_of(task, train_split, eval_split, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.warn_of_overlap(Config(task=task, train_split=train_split, eval_split=eval_split))
+    assert [f"eval_split {eval_split} is of images that train_split {train_split} trains on" in str(w.message) for w in caught] == [True] * warned
+
+
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path):
     """The first step's loss is PE-Dist's, of the student as it is built and the teacher as its own run left it."""
     config = Config(task=task, **{**ONE_STEP, "method": "plain", "teacher": BACKBONE, "teacher_weights": "none"})
