@@ -44,10 +44,10 @@ import torch.utils.checkpoint
 from einops import rearrange, repeat
 
 # ---- What public functions check -------------------------------------------------------------------------------------
-def require(condition, sentence):
-    """Raises ValueError with the sentence unless the condition holds."""
+def require(condition, sentence, error=ValueError):
+    """Raises ValueError, or another error, with the sentence unless the condition holds."""
     if not condition:
-        raise ValueError(sentence)
+        raise error(sentence)
 
 def unwrap(model):
     """The model inside torch.compile, DistributedDataParallel and DataParallel, in any nesting."""
@@ -78,16 +78,15 @@ def check_integer(name, value, least=1):
 # ---- Schedules: how many pairs each block merges ---------------------------------------------------------------------
 # Table 5 of the supplement. For ViT-L it prints 23 entries for 24 blocks: one of its 4s is missing (the published code has three).
 PAPER_SCHEDULES = {
-    ("low", 12): [16] * 11 + [10], ("low", 24): [8] * 23 + [6],
-    ("high", 12): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
+    ("low", 12): [16] * 11 + [10], ("low", 24): [8] * 23 + [6], ("high", 12): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
     ("high", 24): [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
 }
 MAC_RATIOS = {"low": 2.002, "high": 3.463}  # of ViT-B when merged by these lists
 
-def check_flops_ratio(flops_ratio):
+def check_flops_ratio(flops_ratio, name="flops_ratio"):
     """F/f, how many times fewer operations, as a Python number. Raises ValueError unless it is finite and above 1."""
     number = to_python(flops_ratio)
-    require(type(number) in (int, float) and 1 < number < math.inf, f"flops_ratio must be a finite number greater than 1, not {flops_ratio!r}")
+    require(type(number) in (int, float) and 1 < number < math.inf, f"{name} must be a finite number greater than 1, not {flops_ratio!r}")
     return number
 
 def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
@@ -117,9 +116,11 @@ def merge_schedule(rate, depth=12, tokens=196, model=None):
             with torch.device("meta"):
                 model = VisionTransformer(img_size=(16, 16 * check_integer("tokens", tokens)), depth=depth, num_classes=100)
         return solve_macs(model, MAC_RATIOS[rate])
-    r = []
-    for entry in solve_schedule(depth, tokens, flops_ratio=rate):
+    r, asked = [], solve_schedule(depth, tokens, flops_ratio=check_flops_ratio(rate, "rate"))
+    for entry in asked:
         r.append(min(entry, most_merges(tokens - sum(r), 0)))
+    if sum(r) < 0.95 * sum(asked):
+        warnings.warn(f"Eq. (1) for F/f = {rate:g} merges too many at once, and only {sum(r)} of its {sum(asked)} pairs can; see solve_macs", stacklevel=2)
     return r
 
 def counts_along(tokens, depth, exponent, remaining):
@@ -147,11 +148,11 @@ def solve_macs(model, flops_ratio, remaining=4):
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(along(middle)) < flops_ratio else (low, middle)
     fits = lambda counts: counts[-1] >= remaining and all(0 <= n - m <= n // 2 for n, m in zip(counts, counts[1:]))
-    best, better = None, min(along(low), along(high), key=miss)
-    while best is None or miss(better) < miss(best):
-        best = better  # a pair more or less in block l: a token less or more after it and after all later ones
-        moves = [best[:l] + [n + step for n in best[l:]] for l in range(1, len(best)) for step in (-1, 1)]
-        better = min(filter(fits, moves), key=miss, default=best)
+    # a pair more or less in block l: a token less or more after it and after all later ones
+    moves = lambda counts: [counts[:l] + [n + step for n in counts[l:]] for l in range(1, len(counts)) for step in (-1, 1)]
+    best = min(along(low), along(high), key=miss)
+    while miss(better := min(filter(fits, moves(best)), key=miss, default=best)) < miss(best):
+        best = better
     return [n - m for n, m in zip(best, best[1:])]
 
 # ---- Tokens: what flows through the blocks ---------------------------------------------------------------------------
@@ -263,6 +264,10 @@ def add_at(x, index, y):
         return x + one_hot_product(index, x.shape[1], y, add=True)
     return x.flatten(0, 1).index_add(0, rows(index, x.shape[1]), y.flatten(0, 1)).view_as(x)
 
+def follow(source, new_index):
+    """source (b, n0) after the tokens moved. new_index (b, n): the new place of each token; -1: it is gone, with the patches that it held."""
+    return torch.where(source < 0, -1, new_index.gather(1, source.clamp(min=0)))
+
 def widen(x):
     """x, but float16 as float32: sums of tokens, each times its size, go beyond float16's range."""
     return x.float() if x.dtype == torch.float16 else x
@@ -283,7 +288,7 @@ def merge(tokens, matching, modulate=None):
     size = size[:, :kept].scatter_add(1, dst[..., None], size[:, kept:])
     new_index = torch.cat([torch.arange(kept, device=dst.device).expand(dst.shape[0], -1), dst], dim=1)
     new_index = torch.empty_like(order).scatter(1, order, new_index)  # (b, n): old -> new
-    return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, new_index.gather(1, tokens.source))
+    return Tokens((x / size.to(x.dtype)).to(tokens.x.dtype), size, follow(tokens.source, new_index))
 
 def modulate(src, dst, w_r, w_d):
     """PYRA's re-activation of the source tokens (§3.3 of the paper).
@@ -325,6 +330,7 @@ class PYRA(ToMe):
         self.w_d = nn.Parameter(torch.zeros(s, dim))  # zeros: training starts at ToMe
 
     def modulate(self, src, dst):
+        require(src.shape[1] == len(self.w_r), "w_r has one row per pair, and another number of pairs merges: PYRA's r can't change after training")
         return modulate(src, dst, widen(self.w_r), widen(self.w_d))
 
 # ---- The Vision Transformer ------------------------------------------------------------------------------------------
@@ -511,8 +517,7 @@ class VisionTransformer(nn.Module):
         patches = F.linear(rearrange(images, "b k (y p) (x q) -> b (y x) (k p q)", p=self.patch_size, q=self.patch_size), weight, self.patch_embed.proj.bias)
         specials = [repeat(getattr(self, name), "1 k c -> b k c", b=images.shape[0]) for name in SPECIALS if hasattr(self, name)]
         x = self.norm_pre(torch.cat([*specials, patches], dim=1) + self.pos_embed)
-        source = repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0])
-        return Tokens(x, None, source)
+        return Tokens(x, None, source=repeat(torch.arange(x.shape[1], device=x.device), "n -> b n", b=x.shape[0]))
 
     def run_block(self, block, tokens):
         return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False) if self.checkpoint and self.training else block(tokens)
@@ -662,8 +667,7 @@ def add_pyra(model, r, s=1, prop_attn=True):
     for i, entry in enumerate(entries):
         require(entry <= (most := most_merges(n, model.specials)), f"block {i}: {entry} pairs can't merge, {n} tokens are left and at most {most} pairs can")
         n -= entry
-    reducers = [PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries]
-    return set_reducers(model, reducers, prop_attn)
+    return set_reducers(model, [PYRA(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries], prop_attn)
 
 @on_model
 def param_groups(model, lr=1e-3, modulation_lr=None, weight_decay=1e-4):
@@ -720,11 +724,9 @@ def listed(names):
 def check_fit(source, own, given, optional=(), reason=""):
     """Raises ValueError unless the tensors `given` have the names and shapes of `own`, {name: tensor}; some names may be optional."""
     require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed([*given])}{reason}")
-    for what, names in {
-        "has": [f"{k} as {tuple(given[k].shape)}, not {tuple(p.shape)}" for k, p in own.items() if k in given and given[k].shape != p.shape],
-        "lacks": [k for k in own if k not in given and not k.startswith(tuple(optional))],
-        "has the unexpected": [k for k in given if k not in own],
-    }.items():
+    odd = [f"{k} as {tuple(given[k].shape)}, not {tuple(p.shape)}" for k, p in own.items() if k in given and given[k].shape != p.shape]
+    lacking, unexpected = [k for k in own if k not in given and not k.startswith(tuple(optional))], [k for k in given if k not in own]
+    for what, names in {"has": odd, "lacks": lacking, "has the unexpected": unexpected}.items():
         require(not names, f"{source} doesn't fit the model: it {what} {listed(names)}{reason}")
     odd = [k for k, v in given.items() if not (v.is_floating_point() and v.float().isfinite().all())]
     require(not odd, f"{source} doesn't fit the model: not all is a finite floating-point number in {listed(odd)}")
@@ -778,8 +780,7 @@ def read_checkpoint(source):
         except Exception as error:  # the hub's client raises a dozen kinds: no such name, no network, no permission
             raise ValueError(f"{source!r} is no file here, and the hub did not give it: {first_line(error).split('. ')[0].rstrip('.')}; "
                              "without a network pass --weights FILE (data/README.md lists where to get it)") from error
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path!r}")
+    require(os.path.isfile(path), f"there is no file {path!r}", FileNotFoundError)
     try:
         if suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -951,8 +952,7 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Loads what save_adapter wrote. Returns the model. Raises FileNotFoundError, or ValueError naming what differs; the model is then as it was."""
     from safetensors import safe_open
-    if not os.path.isfile(path := os.path.expanduser(path)):
-        raise FileNotFoundError(f"there is no adapter {path!r}")
+    require(os.path.isfile(path := os.path.expanduser(path)), f"there is no adapter {path!r}", FileNotFoundError)
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -963,7 +963,7 @@ def load_adapter(model, path):
         given = metadata.get(key, "null")  # a setting that an older version's file lacks counts as null
         differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {first_line(given)}, the model's {value}"
         require(given == value or key == "backbone" and same_in_float16(metadata, model), f"{path} doesn't fit the model: {differs}")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or is_adapter(name) and name in tensors}
     check_fit(path, trained, tensors)
     require(metadata.get("digest") in (None, digest(tensors)), f"{path} is damaged: its numbers are not those that save_adapter wrote")
     for name, p in trained.items():

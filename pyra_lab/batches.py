@@ -124,7 +124,7 @@ def streamed(task, config, img_size, device):
         return ((x, y, None) for x, y in read(Seeded(images, seed), chunks))
 
     def test(rank, world):
-        return read(test_images, torch.arange(rank, len(test_images), world).split(128))
+        return read(test_images, torch.arange(len(test_images))[rank::world].split(128))
 
     def sample():
         return next(read(tasks.stream_split(task, config.train_split, transform), [sample_indices(len(images))]))[0]

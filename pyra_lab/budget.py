@@ -15,9 +15,12 @@ from pyra_lab.devices import autocast
 
 def schedule(config, model):
     """Pairs that the config's rate merges in each block of the model: a list of ints. Raises ValueError."""
-    model = pyra.unwrap(model)
-    r = config.rate if isinstance(config.rate, list) else pyra.merge_schedule(config.rate, model=model)
-    return pyra.check_schedule(model, r)
+    if isinstance(config.rate, list):
+        return pyra.check_schedule(model, config.rate)
+    try:
+        return pyra.merge_schedule(config.rate, model=model)
+    except ValueError as error:
+        raise ValueError(f"rate {config.rate} doesn't suit the model: {error}") from error
 
 
 @pyra.on_model
@@ -88,6 +91,23 @@ def count_tokens(model, batches, dtype=torch.float32):
         with autocast(x.device, dtype):
             counts.append(forward_counted(model, x)[1])
     return torch.cat(counts, dim=1)
+
+
+@pyra.on_model
+@torch.inference_mode()
+def check_counts(model):
+    """Raises ValueError where a block leaves another number of tokens than its reducer's tokens_after says, by which costs are recorded."""
+    if depends_on_image(model):
+        return
+    training, model = model.training, model.eval()
+    n = model.pos_embed.shape[1]
+    tokens = pyra.Tokens(model.pos_embed.detach(), None, torch.arange(n, device=model.pos_embed.device)[None])  # no image is needed
+    for i, block in enumerate(model.blocks):
+        n, tokens = tokens.x.shape[1], block(tokens)
+        left = int(alive_mask(pyra.with_sizes(tokens).size).sum())
+        if left != (said := n if block.reducer is None else block.reducer.tokens_after(n)):
+            raise ValueError(f"block {i}: tokens_after({n}) of its {type(block.reducer).__name__} says {said} tokens, and {left} are left")
+    model.train(training)
 
 
 @pyra.on_model

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ class Config:
     weights: str | None = option(None, "a file or a name on the Hugging Face hub; 'none': random; by default the backbone's own")
     method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
     rate: str | float | list = option(
-        "high", "low, high, a ratio (how many times fewer operations, roughly: F/f of Eq. (1)), or the schedule itself, a list with one entry per block")
+        "high", "low, high, a ratio (F/f of Eq. (1), which small models miss; pyra.solve_macs meets one), or the schedule, a list with the pairs of each block")
     img_size: int | None = option(None, "pixels of a side; by default the backbone's: 224 for most")
     s: int = option(1, "rank of PYRA's generators")
     peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
@@ -110,7 +111,7 @@ class Config:
         values |= {"img_size": None} if self.img_size == default_img_size(self.backbone) else {}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
         kind, _, path = self.task.partition(":")
-        if kind in ("folder", "stream"):
+        if kind in ("folder", "stream") and path.strip():  # without a path it is refused where the task is found
             values["task"] = f"{kind}:{Path(path).expanduser().resolve()}"
         for name in ("weights", "teacher_weights"):
             file = getattr(self, name)
@@ -128,14 +129,15 @@ class Config:
         fields["device"] = fields["device"].split(":")[0]  # which of several GPUs doesn't matter
         fields.pop("workers", None)
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
-        task = re.sub(r"\W+", "_", config.task).strip("_")[-40:]
-        return f"{task}-{config.backbone}-{config.method}-seed{config.seed}-{digest}"
+        plain = lambda name: re.sub(r"\W+", "_", name).strip("_")  # a method may be anybody's
+        return f"{plain(config.task)[-40:]}-{config.backbone}-{plain(config.method)}-seed{config.seed}-{digest}"
 
 
 # ---- What a Config refuses, each in a sentence -----------------------------------------------------------------------
 
 
 def check_types(config):
+    object.__setattr__(config, "rate", pyra.to_python(config.rate))
     for f in dataclasses.fields(config):
         value, kinds = getattr(config, f.name), f.type
         if type(value) is int and isinstance(0.0, kinds):
@@ -182,7 +184,7 @@ def check_ranges(config):
     if config.img_size is not None and config.img_size % patch:
         raise ValueError(f"img_size must be a multiple of {patch}, the patches of {config.backbone}, not {config.img_size}")
     if not isinstance(config.rate, list):
-        pyra.merge_schedule(config.rate)
+        (pyra.merge_schedule if isinstance(config.rate, str) else functools.partial(pyra.check_flops_ratio, name="rate"))(config.rate)
     check_device_name(config.device)  # whether it is here is checked where it is used: a grid for a cluster's GPUs is made where there are none
 
 

@@ -83,7 +83,7 @@ def read_state(file):
         return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {"plan": state.get("found"), "best": None, **state}  # "found": an older version's name
+        return {"plan": state.get("found"), "best": None, "evaluated": True, **state}  # "found": an older version's name
     except Exception as error:
         raise ValueError(f"{file} is damaged ({files.first_line(error)}): delete it to start this run again") from error
 
@@ -190,8 +190,8 @@ def prepare_training(model, config, state):
     return optimizer, history
 
 
-def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, processes=ALONE, progress=True):
-    """Trains from epoch `start` on. Yields an entry of the history after each epoch.
+def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, processes=ALONE, progress=True, trained=None):
+    """Trains from epoch `start` on. Yields an entry of the history after each epoch. trained: the entry of epoch `start`, where only its evaluation is left.
 
     What is random in an epoch depends on seed and epoch alone: all processes agree on the order, and resuming needs no generator's state.
     """
@@ -201,6 +201,9 @@ def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, 
     for epoch in range(start, epochs):
         if config.rise:
             set_share(model, schedule, merged_share(epoch, epochs, config.rise))
+        if trained is not None and epoch == start:
+            yield trained
+            continue
         began, seed = time.perf_counter(), config.seed * 100_003 + epoch
         steps = files.progress(range(cut.steps), desc=f"epoch {epoch + 1}", show=progress and processes.first, delay=30)
 
@@ -221,8 +224,8 @@ def check_loss(entry, folder):
         raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch']}{before}")
 
 
-def save_state(folder, model, optimizer, history, plan=None, best=None):
-    """Saves all that it takes to resume after the last epoch of the history."""
-    state = dict(model=trained_of(model), optimizer=optimizer.state_dict(), history=history, plan=plan, best=best)
+def save_state(folder, model, optimizer, history, plan=None, best=None, evaluated=True):
+    """Saves all that it takes to resume after the last epoch of the history. evaluated: False where that is still to be evaluated."""
+    state = dict(model=trained_of(model), optimizer=optimizer.state_dict(), history=history, plan=plan, best=best, evaluated=evaluated)
     files.write_atomically(folder / "state.pt", lambda p: torch.save(state, p))
     files.write_atomically(folder / "log.jsonl", lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in history)))

@@ -37,15 +37,17 @@ def confusion_matrix(logits, labels):
 
 # name -> function(logits (n, classes) float32, labels (n,) int64, on the CPU) -> a number or a list, as JSON. Numbers are logged in each evaluation.
 METRICS = {"accuracy": accuracy, "accuracy_per_class": accuracy_per_class, "balanced_accuracy": balanced_accuracy, "confusion_matrix": confusion_matrix}
-HISTORY = ("epoch", "lr", "loss", "train_accuracy", "seconds", "val_accuracy")  # what a run logs besides: no metric may have one of these names
+TAKEN = ("epoch", "lr", "loss", "train_accuracy", "seconds", "val_accuracy",  # what else a run's history calls its numbers, and a row of results()
+         "id", "title", "group", "accuracy_best", "best_epoch", "macs", "tokens", "backbone_parameters", "seconds_per_epoch", "peak_memory",
+         "num_classes", "torch", "folder")
 
 
-def check_metrics():
-    """Tries METRICS on random logits, so that a mistake in one shows before a run. Raises ValueError."""
-    logits, labels = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+def check_metrics(num_classes=3, taken=()):
+    """Tries METRICS on random logits, so that a mistake in one shows before a run. taken: names that none may have. Raises ValueError."""
+    logits, labels = torch.rand(8, num_classes, generator=torch.Generator().manual_seed(0)), torch.arange(8) % num_classes
     for name, metric in METRICS.items():
-        if name in HISTORY:
-            raise ValueError(f"a metric can't be called {name}: the history of a run has that name already")
+        if name in (*TAKEN, *taken) or name.startswith("trained_"):
+            raise ValueError(f"a metric can't be called {name}: a run's record has that name already")
         try:
             json.dumps(metric(logits, labels))
         except Exception as error:  # whatever somebody's function raises
@@ -59,7 +61,10 @@ def fill(x, n):
 
 @torch.inference_mode()
 def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
-    """{name: value} of all METRICS over batches of (normalised images, labels); under torchrun each process brings its share."""
+    """{name: value} of all METRICS over batches of (normalised images, labels); under torchrun each process brings its share.
+
+    Raises FloatingPointError where a logit is not finite: its argmax would be counted as an answer.
+    """
     model.eval()
     logits, labels, rows = [], [], 0
     for x, y in batches:
@@ -70,4 +75,6 @@ def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
     if not labels:  # more processes than images
         logits, labels = [torch.zeros(0, model.num_classes)], [torch.zeros(0, dtype=torch.int64)]
     logits, labels = processes.gather(torch.cat(logits)), processes.gather(torch.cat(labels))
+    if broken := (~logits.isfinite()).any(dim=1).sum():
+        raise FloatingPointError(f"the model's logits are not finite for {broken:,} of {len(logits):,} images: its training diverged")
     return {name: metric(logits, labels) for name, metric in METRICS.items()}

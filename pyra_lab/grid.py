@@ -29,7 +29,7 @@ from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
 from pyra_lab.records import read_result, runs_folder
 from pyra_lab.tasks import UnknownTask
-from pyra_lab.training import check_run, find_source, prerequisites
+from pyra_lab.training import check_images, check_run, find_source, prerequisites
 
 WORKER = [sys.executable, "-m", "pyra_lab", "run"]  # followed by a config's arguments
 USER_ERROR = "pyra_lab: "  # starts the last line of a run's log where repeating the run would fail in the same way
@@ -310,6 +310,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     results = []
     for config in configs:
         try:
+            check_images(config, runs / config.id())
             results.append(read_result(runs / config.id()))
         except ValueError as error:
             grid.fail(config.id(), files.first_line(error))

@@ -164,7 +164,10 @@ def plan(config, context):
         pruned.eval().to(context.device)
         return probe_loss(*context.predict_split(features, "train800"), *context.predict_split(features, "val200"), context.num_classes)
 
-    return search_pruning(model, pyra.count_macs(model) / budget.target_macs(config, model), score, seed=config.seed, progress=context.progress)
+    ratio = pyra.count_macs(model) / budget.target_macs(config, model)
+    if ratio == 1:
+        raise ValueError(f"rap prunes to the operations that merging at rate would leave, and rate {config.rate} merges nothing")
+    return search_pruning(model, ratio, score, seed=config.seed, progress=context.progress)
 
 
 def add(model, config, plan):

@@ -114,7 +114,8 @@ def table(rows, formats=None):
 def measured(group):
     """The columns that many tables share, of one method's Results over seeds."""
     first = group[0]
-    return {"trained, % of backbone": 100 * (first.trained["peft"] + first.trained["reducer"]) / first.backbone_parameters,
+    trained = sum(first.trained.values()) - first.trained["head"]
+    return {"trained, % of backbone": 100 * trained / first.backbone_parameters,
             "MACs, M": sum(result.macs for result in group) / len(group) / 1e6, "seeds": len(group), "accuracy, %": accuracy_over_seeds(group)}
 
 

@@ -144,6 +144,27 @@ def check_split(split):
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
 
 
+def list_items(task):
+    """{split: [(file, label)]} of a task in a folder that isn't a stream. Raises ValueError if a tree has changed its classes since the Task was made."""
+    if task.group != "Folder":
+        return {split: [(task.path / file, label) for file, label, _ in layouts.read_list(task.path / f"{split}.txt")] for split in SPLITS}
+    trees = layouts.split_tree(task.path)[0]
+    check_classes(task, trees["train800val200"])
+    return {split: [(file, label) for label, name in enumerate(task.classes) for file in tree[name]] for split, tree in trees.items()}
+
+
+def fingerprint(task):
+    """What changes when a task's images do: a hash of its classes and of each image's path, label and size; of a stream, which may have
+    millions, of its classes; None of tasks without a folder. Raises FileNotFoundError for a missing image."""
+    if task.path is None:
+        return None
+    digest = hashlib.sha256(repr(task.classes).encode())
+    for split, items in list_items(task).items() if task.group != "Stream" else ():
+        for file, label in items:
+            digest.update(os.fsencode(os.path.relpath(file, task.path)) + f" {split} {label} {os.stat(file).st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def load_split(task, split, img_size=224, root=None, cache=None):
     """One split of a task, whole -> images uint8 (n, 3, img_size, img_size), labels int64 (n,).
 
@@ -163,14 +184,8 @@ def load_split(task, split, img_size=224, root=None, cache=None):
         drawn, labels = draw_split(task.name, split)
         return torch.from_numpy(np.stack([images.resize(Image.fromarray(image), img_size) for image in drawn])), torch.from_numpy(labels)
 
-    if task.group == "Folder":
-        trees = layouts.split_tree(task.path)[0]
-        check_classes(task, trees[split])
-        items_of = lambda split: [(file, label) for label, name in enumerate(task.classes) for file in trees[split][name]]
-    else:
-        items_of = lambda split: [(task.path / file, label) for file, label, _ in layouts.read_list(task.path / f"{split}.txt")]
-    items = items_of(split)
-    path = task.path.resolve()
+    every, path = list_items(task), task.path.resolve()
+    items = every[split]
     key = hashlib.sha256(f"{images.VERSION} {img_size} ".encode() + os.fsencode(path))
     for file, label in items:
         try:
@@ -183,7 +198,7 @@ def load_split(task, split, img_size=224, root=None, cache=None):
         found = f" {label} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         key.update(os.fsencode(os.path.relpath(file, task.path)) + found.encode())
     paths = [file for file, _ in items]
-    others = lambda known=frozenset(paths): list(dict.fromkeys(file for other in SPLITS for file, _ in items_of(other) if file not in known))
+    others = lambda known=frozenset(paths): list(dict.fromkeys(file for items in every.values() for file, _ in items if file not in known))
     pixels = images.load_cached(paths, img_size, f"{path.name}/{split}", key.hexdigest()[:16], cache, others)
     return torch.from_numpy(pixels), torch.tensor([label for _, label in items])
 
@@ -303,8 +318,8 @@ def own_task(data, img_size):
     data: (train, test), map-style Datasets of (image, label); image: PIL, or a uint8 tensor or array (3, h, w); label: an integer of 0 or
     more, also a 0-d tensor. Images are kept at img_size, 150 kB each at 224 pixels; load reads the Datasets again for any other size.
     train800val200 is train, of which train800 and val200 are 80 % and 20 % of each class, chosen by a fixed seed. The task's name holds
-    a fingerprint of images and labels. Warns of classes without a training image. Raises ValueError, before decoding everything
-    wherever the first items show what is wrong.
+    a fingerprint of images, labels and the classes' names, where the train Dataset has them in `classes`. Warns of classes without a
+    training image. Raises ValueError, before decoding everything wherever the first items show what is wrong.
     """
     images.check_img_size(img_size)
     datasets = check_datasets(data)
@@ -335,4 +350,5 @@ def own_task(data, img_size):
             raise ValueError(f"the train Dataset has too few images per class to hold out {split}: a fifth of each class rounds to none")
         return pixels[index], labels[index]
 
-    return Task(f"data:{fingerprint}", num_classes, classes, "Data", None), load
+    name = hashlib.sha256(repr((fingerprint, classes)).encode()).hexdigest()[:16] if classes else fingerprint  # a record keeps its classes' names
+    return Task(f"data:{name}", num_classes, classes, "Data", None), load

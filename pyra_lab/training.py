@@ -1,10 +1,10 @@
 """One run: a Config -> a model -> training -> evaluation -> a record that is found again.
 
-A run writes runs/<id>/, where the id is a hash of its config: log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from),
-adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there is a teacher, and finally
-result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (on a GPU, where merging
-adds up in a fixed order too, the gradients of PyTorch's attention need not). The id knows the config, not the files behind it nor this
-code: after changing images, weights or code, delete the folder.
+A run writes runs/<id>/, where the id is a hash of its config: images.txt (a fingerprint of the task's files), log.jsonl (one line per epoch),
+TensorBoard's scalars, state.pt (to resume from), adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there
+is a teacher, and finally result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (on a
+GPU, where merging adds up in a fixed order too, the gradients of PyTorch's attention need not). The id knows the config, not the files behind
+it nor this code: where a task's images have changed, the run is refused; after changing weights or code, delete the folder.
 """
 
 import contextlib
@@ -152,7 +152,7 @@ def check_run(config, source=None):
             if not budget.depends_on_image(model):
                 pyra.token_counts(model)
     check_augmentation(config.augment)
-    check_metrics()
+    check_metrics(source.task.num_classes, taken=dataclasses.asdict(config))
     return source
 
 
@@ -171,6 +171,27 @@ def warn_of_overlap(config):
     if not config.task.startswith("stream:") and overlap(config.eval_split, config.train_split):  # of a stream val200 is its test images
         warnings.warn(f"eval_split {config.eval_split} is of images that train_split {config.train_split} trains on: "
                       "to select on val200, train on train800", stacklevel=3)
+    if config.keep == "best" and overlap(config.eval_split, "val200"):
+        warnings.warn(f"keep best chooses the epoch that is best on val200, and eval_split {config.eval_split} has the same images: "
+                      "the accuracy is the highest of several, and flatters", stacklevel=3)
+
+
+IMAGES = "images.txt"  # in a run's folder: tasks.fingerprint of what it is trained on
+
+
+def check_images(config, folder, source=None):
+    """Raises ValueError where a run's folder is of other images than its task holds now. A record is good without its images."""
+    file = folder / IMAGES
+    if not file.is_file():  # a task without files, or an older version's run
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the run was made
+            now = tasks.fingerprint((source or find_source(config)).task)
+    except (ValueError, OSError):
+        return
+    if now != file.read_text():
+        raise ValueError(f"{config.task} holds other images than when {folder} was trained on them: to train on these, delete that folder")
 
 
 def log_counts(config, data):
@@ -203,10 +224,15 @@ def run_source(config, source, runs, progress):
     config, processes = config.resolved(), from_environment()
     folder = runs_folder(runs) / config.id()
     if processes.world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
+        check_images(config, folder, source)
+        logger.info(f"found, not trained again: {folder}")
         return result
     source = check_run(config, source)
-    if config.batch_size % processes.world:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {processes.world} processes")
+    check_images(config, folder, source)
+    for trained in (config, *(other.resolved() for other in prerequisites(config))):
+        if trained.batch_size % processes.world:
+            whose = "" if trained.backbone == config.backbone else f": that of the teacher, {trained.backbone}"
+            raise ValueError(f"batch_size {trained.batch_size} is not a multiple of the {processes.world} processes{whose}")
     device, method, num_classes = connect(processes, torch.device(config.device)), METHODS[config.method], source.task.num_classes
     model = (backbones.load_backbone if method.plan else build_model)(config, num_classes)  # refuses weights before anything is trained or written
 
@@ -227,10 +253,14 @@ def run_source(config, source, runs, progress):
             if stack.enter_context(files.file_lock(folder)):
                 for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
                     left.unlink()
+                if (images := tasks.fingerprint(source.task)) and not (folder / IMAGES).is_file():
+                    files.write_atomically(folder / IMAGES, lambda partial: partial.write_text(images))
         processes.wait()
         if result := read_result(folder):  # another process did it while this one waited
             return result
         state = read_state(folder / "state.pt")
+        if state is not None and processes.first:
+            logger.info(f"resumed after epoch {len(state['history'])}: {folder}")
         run = Run(config, source, data, folder, device, processes, progress)
         plan = make_plan(run) if method.plan else None
         if state is not None and state["plan"] != plan:
@@ -239,6 +269,7 @@ def run_source(config, source, runs, progress):
             plan = state["plan"]  # calibrated after the last epoch, but not recorded
         if method.plan or plan is not None:
             model = build_model(config, num_classes, plan)
+        budget.check_counts(model)
         if stage_one is not None:
             start_from(model, stage_one)
         return finish(run, model.to(device), plan, state)
@@ -285,21 +316,24 @@ def finish(run, model, plan, state):
         torch.cuda.reset_peak_memory_stats(run.device)
 
     metrics, best = None, state["best"] if state else None
+    unevaluated = history.pop() if state and not state["evaluated"] else None
     bar = files.progress(total=epochs, desc=folder.name, initial=len(history), show=run.progress and processes.first)
     with open_scalars(folder, len(history)) if processes.first and len(history) < epochs else contextlib.nullcontext() as write_scalars:
-        for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress):
+        for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress, unevaluated):
             check_loss(entry, folder)
-            last = entry["epoch"] + 1 == epochs
-            if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
-                plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
-            if data.validate is not None:
-                if last or (entry["epoch"] + 1) % (config.eval_every or 1) == 0:
+            history.append(entry)
+            last, every = entry["epoch"] + 1 == epochs, config.eval_every or int(data.validate is not None)
+            if last or every and (entry["epoch"] + 1) % every == 0:
+                if processes.first and entry is not unevaluated:  # an image that can't be read must not cost the epoch
+                    save_state(folder, model, optimizer, history, plan, best, evaluated=False)
+                if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
+                    plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
+                if data.validate is not None:
                     entry["val_accuracy"] = evaluate(model, data.validate(processes.rank, processes.world), dtype, processes)["accuracy"]
                     best = better_of(best, model, entry)
-            elif last or config.eval_every and (entry["epoch"] + 1) % config.eval_every == 0:
-                metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
-                entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-            history.append(entry)
+                else:
+                    metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
+                    entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             if processes.first:
                 save_state(folder, model, optimizer, history, plan, best)
                 write_scalars(entry)

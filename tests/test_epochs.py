@@ -11,7 +11,7 @@ from helpers import (BACKBONE, DTYPE_PARAMS, ONE_STEP, R, SMALL, UNREAD, adapter
 from safetensors.torch import save_file
 
 import pyra
-from pyra_lab import METHODS, Config, epochs, load_run, run
+from pyra_lab import METHODS, Config, epochs, load_run, run, training
 from pyra_lab.config import DTYPES
 from pyra_lab.epochs import lr_factor, mae_lr_factor, merged_share
 from pyra_lab.images import normalize
@@ -84,13 +84,21 @@ def test_merging_that_rises(task, tmp_path, monkeypatch):
     config = Config(task=task, **{**SMALL, "method": "pyra_row", "epochs": 4, "rise": 0.5, "eval_every": 1})
     calls = spy(monkeypatch, pyra, "match")
     reference = run(config, tmp_path / "a", progress=False)
-    merged = [[5, 3, 2]] * 3 + [R] * 6  # nothing in epoch 0, then half, rounded to even: two steps and an evaluation each
+    merged = [R] + [[5, 3, 2]] * 3 + [R] * 6  # all once, to check tokens_after; nothing in epoch 0, then half, rounded to even: two steps and an evaluation each
     assert [args[1] for args, _ in calls] == [r for forward in merged for r in forward]
     assert reference.macs == run(dataclasses.replace(config, rise=0.0), tmp_path / "b", progress=False).macs
     assert [block.reducer.r for block in load_run(reference).blocks] == R
     with interrupted_at(5):
         run(config, tmp_path / "c", progress=False)
     assert_same_run(run(config, tmp_path / "c", progress=False), reference)
+    evaluate, left = training.evaluate, [None]  # the second evaluation fails: its epoch is not trained again, and is evaluated as it would have been
+    monkeypatch.setattr(training, "evaluate", lambda *args: evaluate(*args) if left and not left.pop() else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config, tmp_path / "d", progress=False)
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    calls.clear()
+    assert_same_run(run(config, tmp_path / "d", progress=False), reference)
+    assert len(calls) == 3 * (1 + 1 + 2 * 3)  # the check, the evaluation of epoch 1, two epochs of two steps and an evaluation
 
 
 def test_mae_lr_factor():
@@ -253,7 +261,7 @@ def test_loss_that_explodes(task, tmp_path):
     for _ in range(2):
         with pytest.raises(FloatingPointError, match=r"loss was (nan|inf) in epoch 1; .*state\.pt holds the epoch before$"):
             run(config, tmp_path, progress=False)
-        assert files_in(folder) == ["config.json", "log.jsonl", "state.pt"]
+        assert files_in(folder) == ["config.json", "images.txt", "log.jsonl", "state.pt"]
         assert [entry["epoch"] for entry in torch.load(folder / "state.pt", weights_only=True)["history"]] == [0]
         assert len((folder / "log.jsonl").read_text().splitlines()) == 1
 

@@ -275,7 +275,7 @@ BROKEN = [  # table, name, row, what the sentence says
     (PEFTS, "none", Peft("None", "does nothing", lambda model, c: model, frozenset({"width"})), "None uses width: uses may name dropout, .*, s$"),
     (evaluation.METRICS, "mean", lambda logits, labels: 1 / 0, "metric mean gives no number or list of numbers: ZeroDivisionError"),
     (evaluation.METRICS, "mean", lambda logits, labels: logits.mean(), "metric mean gives no number or list of numbers: TypeError: Object of type Tensor"),
-    (evaluation.METRICS, "loss", lambda logits, labels: 0.5, "a metric can't be called loss: the history of a run has that name already$"),
+    (evaluation.METRICS, "loss", lambda logits, labels: 0.5, "a metric can't be called loss: a run's record has that name already$"),
 ]
 
 

@@ -32,7 +32,7 @@ def test_record(finished, method):
     config, result = finished(method)
     folder = pathlib.Path(result.folder)
     assert folder.name == config.id() and result.config == dataclasses.asdict(config.resolved())
-    assert files_in(folder) == ["adapter.safetensors", "config.json", "log.jsonl", "result.json", "state.pt"]
+    assert files_in(folder) == ["adapter.safetensors", "config.json", "images.txt", "log.jsonl", "result.json", "state.pt"]
     assert records.Result(**json.loads((folder / "result.json").read_text())) == records.read_result(folder) == result
     assert json.loads((folder / "config.json").read_text()) == result.config
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == result.history

@@ -46,7 +46,7 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, dtype):
     with interrupted_at(3):  # epoch 1 has done one of its two steps, and drawn its random numbers
         run(config, tmp_path, progress=False)
     folder = tmp_path / config.id()
-    assert files_in(folder) == ["config.json", "log.jsonl", "state.pt"]
+    assert files_in(folder) == ["config.json", "images.txt", "log.jsonl", "state.pt"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert without_seconds(log) == without_seconds(reference.history[:1])
 
@@ -101,7 +101,7 @@ def test_killed_before_its_result(finished, tmp_path):
     config, reference = finished()
     folder = tmp_path / config.id()
     folder.mkdir()
-    for name in ("config.json", "log.jsonl", "state.pt"):
+    for name in ("config.json", "images.txt", "log.jsonl", "state.pt"):
         shutil.copy(pathlib.Path(reference.folder) / name, folder)
     with watch_steps() as steps:
         result = run(config, tmp_path, progress=False)
@@ -342,7 +342,7 @@ def test_diffrates_search_resumes(task, tmp_path):
     reference = run(config, tmp_path / "whole", progress=False)
     with interrupted_at(1):
         run(config, tmp_path / "cut", progress=False)
-    assert files_in(tmp_path / "cut") == [f"{config.id()}/search/log.jsonl", f"{config.id()}/search/state.pt"]
+    assert files_in(tmp_path / "cut") == [f"{config.id()}/{name}" for name in ("images.txt", "search/log.jsonl", "search/state.pt")]
     with watch_steps() as steps:
         result = run(config, tmp_path / "cut", progress=False)
     assert len(steps) == 1 + 20

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import pyra
 from pyra_lab import budget
 from pyra_lab.budget import alive_mask
-from pyra_lab.reducers.shared import (attend_with_gradient, attention_received, gather_tokens, ranking_queries, remap_source, size_with_gradient,
+from pyra_lab.reducers.shared import (attend_with_gradient, attention_received, gather_tokens, ranking_queries, size_with_gradient,
                                       straight_through)
 
 
@@ -38,7 +38,7 @@ def merge_by_similarity(tokens, src, dst):
     x = pyra.add_at(x, partner, x * gone.to(x.dtype)) / count.to(x.dtype)
     size = pyra.add_at(size.detach(), partner, size.detach() * gone * best[..., None].clamp(min=0))
     here = torch.arange(x.shape[1], device=x.device)
-    return pyra.Tokens(x.to(tokens.x.dtype), size, remap_source(source, torch.where(src, partner, here)))
+    return pyra.Tokens(x.to(tokens.x.dtype), size, pyra.follow(source, torch.where(src, partner, here)))
 
 
 class FrozenDiffRate(nn.Module):

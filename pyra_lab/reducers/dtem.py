@@ -41,9 +41,10 @@ def add_dtem(model, r):
     the end of training: r softmaxes per block, one after the other, and attention over the full length. No gradient reaches the backbone's
     keys. Returns the model. Raises ValueError.
     """
-    heads = model.blocks[0].attn.num_heads
-    entries = pyra.check_schedule(model, r)
-    return pyra.set_reducers(model, [DTEM(entry, heads, model.embed_dim // heads, model.specials) if entry else None for entry in entries])
+    heads = [block.attn.num_heads for block in model.blocks]  # where channels were pruned, they differ
+    widths = [block.attn.proj.in_features // h for block, h in zip(model.blocks, heads)]
+    rows = zip(pyra.check_schedule(model, r), heads, widths)
+    return pyra.set_reducers(model, [DTEM(entry, h, width, model.specials) if entry else None for entry, h, width in rows])
 
 
 def add(model, config, plan):

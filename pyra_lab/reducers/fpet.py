@@ -101,9 +101,9 @@ def add_fpet(model, r=None):
     them in the middle, block 6 of 12, as in the paper. Beyond the paper, there may be several merges, after the first of which every other patch
     chooses among the others; and one of fewer than half, of which those with the most similar partner merge. Returns the model. Raises ValueError.
     """
-    depth, head_dim = len(model.blocks), model.embed_dim // model.blocks[0].attn.num_heads
+    depth, widths = len(model.blocks), [block.attn.proj.in_features // block.attn.num_heads for block in model.blocks]
     r = [half_of(model.num_patches, 0) if i == depth // 2 else 0 for i in range(depth)] if r is None else pyra.check_schedule(model, r)
-    return pyra.set_reducers(model, [FPET(entry, head_dim, model.grid, model.specials) if entry else None for entry in r])
+    return pyra.set_reducers(model, [FPET(entry, width, model.grid, model.specials) if entry else None for entry, width in zip(r, widths)])
 
 
 def add(model, config, plan):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import pyra
 from pyra_lab.budget import Dial, alive_mask
-from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, remap_source, size_with_gradient, straight_through
+from pyra_lab.reducers.shared import attend_with_gradient, attention_rows, gather_tokens, size_with_gradient, straight_through
 
 TEMPERATURE = 0.1
 
@@ -87,7 +87,7 @@ class LTMP(nn.Module):
         order = key.argsort(dim=1, stable=True)
         if not self.training:
             order = order[:, :F.pad((key < 2).sum(dim=1), (0, 1), value=p).amax()]  # a batch may be empty
-        return gather_tokens(pyra.Tokens(x.to(tokens.x.dtype), size, remap_source(source, new_index)), order)
+        return gather_tokens(pyra.Tokens(x.to(tokens.x.dtype), size, pyra.follow(source, new_index)), order)
 
 
 @pyra.on_model

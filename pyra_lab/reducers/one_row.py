@@ -31,13 +31,15 @@ def add_one_row(model, r, s=1):
     """PYRA with one row instead of one per pair: W_r = 1 w / sqrt(r), w (1, s) trained, for whatever number r of pairs merges.
 
     r, s as in pyra.add_pyra, but a block that has too few tokens merges half of them. The channel gate reads the sum of the pairs over
-    sqrt(r), so its size doesn't depend on r: one adapter fits every schedule. Not in the paper, whose rows are ordered by similarity: two
-    pairs that swap ranks, as rounding makes them, swap rows there; here nothing changes. s = 1 has dim + 1 parameters per block.
+    sqrt(r), so its size doesn't depend on r: one adapter fits every schedule (load it, then set each reducer's r). Not in the paper, whose
+    rows are ordered by similarity: two pairs that swap ranks, as rounding makes them, swap rows there; here nothing changes. s = 1 has
+    dim + 1 parameters per block.
     Returns the model. Raises ValueError.
     """
     s = pyra.check_integer("s", s)
     entries = pyra.check_schedule(model, r)
-    return pyra.set_reducers(model, [OneRow(entry, model.embed_dim, s, model.specials) if entry else None for entry in entries])
+    reducers = [OneRow(entry, model.embed_dim, s, model.specials).to(model.pos_embed) if entry else None for entry in entries]
+    return pyra.set_reducers(model, reducers)
 
 
 def add(model, config, plan):

@@ -17,11 +17,6 @@ def ranking_queries(model):
     return 1 if model.global_pool == "token" else None
 
 
-def remap_source(source, new_index):
-    """source after the tokens moved. new_index (b, n) int64: the new place of each token; -1: it is gone, with the patches that it held."""
-    return torch.where(source < 0, -1, new_index.gather(1, source.clamp(min=0)))
-
-
 def gather_tokens(tokens, order):
     """The tokens at order (b, m), in that order. The patches of all others are gone, and those of dead tokens."""
     x, size, source = tokens
@@ -30,7 +25,7 @@ def gather_tokens(tokens, order):
         size = pyra.take(size, order)
         place = torch.where(size[..., 0] > 0, place, -1)
     new_index = order.new_full(x.shape[:2], -1).scatter(1, order, place)
-    return pyra.Tokens(pyra.take(x, order), size, remap_source(source, new_index))
+    return pyra.Tokens(pyra.take(x, order), size, pyra.follow(source, new_index))
 
 
 def attention_rows(qkv, size=None, queries=None):

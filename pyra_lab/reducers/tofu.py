@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import pyra
 from pyra_lab import budget
-from pyra_lab.reducers.shared import gather_tokens, remap_source
+from pyra_lab.reducers.shared import gather_tokens
 
 
 def mlerp(tokens, matching):
@@ -18,7 +18,7 @@ def mlerp(tokens, matching):
     unmerged = torch.ones_like(norm).scatter(1, dst, 0) > 0
     place = torch.cat([torch.arange(x.shape[1], device=dst.device).expand(len(dst), -1), dst], dim=1)
     new_index = torch.empty_like(order).scatter(1, order, place)
-    return tokens._replace(x=torch.where(unmerged[..., None], x, mean.to(x.dtype)), source=remap_source(tokens.source, new_index))
+    return tokens._replace(x=torch.where(unmerged[..., None], x, mean.to(x.dtype)), source=pyra.follow(tokens.source, new_index))
 
 
 class ToFu(pyra.ToMe):
