@@ -636,7 +636,7 @@ def check_schedule(model, r):
     """r, an int or a list, as a list of ints with one entry per block. Raises ValueError."""
     depth, entries = len(model.blocks), to_python(r)
     entries = [entries] * depth if isinstance(entries, int) else entries
-    require(isinstance(entries, list), f"r must be an integer or a list with one entry per block, not {r!r}")
+    require(isinstance(entries, list), f"r must be an integer or a list with one entry per block, not {r!r}: merge_schedule gives one")
     require(len(entries) == depth, f"the schedule has {len(entries)} entries, the model {depth} blocks")
     return [check_integer(f"block {i}: r", entry, least=0) for i, entry in enumerate(entries)]
 

@@ -124,7 +124,8 @@ def streamed(task, config, img_size, device):
         return ((x, y, None) for x, y in read(Seeded(images, seed), chunks))
 
     def test(rank, world):
-        return read(test_images, torch.arange(len(test_images))[rank::world].split(128))
+        mine = torch.arange(len(test_images))[rank::world]
+        return read(test_images, mine.split(128) if len(mine) else ())
 
     def sample():
         return next(read(tasks.stream_split(task, config.train_split, transform), [sample_indices(len(images))]))[0]

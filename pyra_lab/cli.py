@@ -1,6 +1,7 @@
 """The command line: python -m pyra_lab, or pyra-lab where it is installed, and one of COMMANDS: run, results, grid ..."""
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import json
@@ -39,20 +40,31 @@ def run_command(argv):
         dist.destroy_process_group()
 
 
+def other_settings(row):
+    """What of a recorded run differs from the default, besides what its row shows and where it ran: "eval_split=val200 peft=adapter"."""
+    shown = {name: row[name] for name in ("task", "backbone", "method", "rate", "epochs", "seed", "data_root", "device", "dtype", "workers")}
+    try:
+        default = dataclasses.asdict(Config(**shown).resolved())
+    except ValueError:  # a method that was added at run time, or another version's
+        return ""
+    differs = {name: row[name] for name, value in default.items() if row[name] != value}
+    return " ".join(f"{name}={Path(value).name if name.endswith('weights') and value else value}" for name, value in differs.items())
+
+
 def results_command(argv):
     make_parser("results", "The recorded runs, the newest last; in Python: pyra_lab.results(), with all that was recorded").parse_args(argv)
     rows = sorted(results(), key=lambda row: os.path.getmtime(Path(row["folder"]) / "result.json"))
     if not rows:
         print(f"{runs_folder()} holds no finished run")
         return
-    table = [["id", "task", "method", "rate", "epochs", "accuracy", "MACs, M"]]
+    table = [["id", "task", "method", "rate", "epochs", "accuracy", "MACs, M", "other settings"]]
     for row in rows:
         rate = str(row["rate"]) if row["method"] not in METHODS or "rate" in METHODS[row["method"]].uses else "-"
         table.append([row["id"], row["task"], row["method"], rate if len(rate) <= 12 else f"{rate[:11]}…", str(row["epochs"]),
-                      f"{row['accuracy']:.4f}", f"{row['macs'] / 1e6:,.1f}"])
+                      f"{row['accuracy']:.4f}", f"{row['macs'] / 1e6:,.1f}", other_settings(row)])
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:
-        print("  ".join(cell.ljust(width) if i < 4 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))))
+        print("  ".join(cell.rjust(width) if 4 <= i < 7 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip())
 
 
 def grid_command(argv):

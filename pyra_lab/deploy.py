@@ -80,7 +80,8 @@ def check_export(model, path, mean, std, classes=()):
     for block in model.blocks:
         if getattr(block.reducer, "per_image", False):
             name = type(block.reducer).__name__
-            raise ValueError(f"{name} keeps as many tokens as an image needs, but an ONNX graph keeps the same number for every image")
+            raise ValueError(f"{name} keeps as many tokens as an image needs, but an ONNX graph keeps the same number for every image: "
+                             "export with --formats none (formats=() in Python), and predict with the run")
 
 
 def simplify(graph):

@@ -221,7 +221,7 @@ def check_loss(entry, folder):
     if not math.isfinite(entry["loss"]):
         name = folder.name if folder.name != "search" else f"{folder.parent.name}, search"
         before = f"; {folder / 'state.pt'} holds the epoch before" if entry["epoch"] else ""
-        raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch']}{before}")
+        raise FloatingPointError(f"{name}: the loss was {entry['loss']} in epoch {entry['epoch'] + 1}; a lower lr may help{before}")
 
 
 def save_state(folder, model, optimizer, history, plan=None, best=None, evaluated=True):

@@ -48,7 +48,10 @@ def read_grid(file):
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                values = json.loads(line)
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    values = None
                 if not isinstance(values, dict):
                     raise ValueError("a config is a JSON object, {\"task\": \"dtd\"}")
                 if unknown := sorted(values.keys() - known):

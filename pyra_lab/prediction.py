@@ -33,6 +33,8 @@ def find_result(source):
 def predictor(source, device=None, weights=None):
     """The serving.Predictor of a trained model: LoRA folded in, in the number type that is fast on the device. Arguments and errors as in `predict`."""
     if str(source).endswith(".onnx"):
+        if weights is not None or device not in (None, "cpu"):
+            raise ValueError("an .onnx file holds its weights and runs on the CPU: device and weights are for a run")
         return serving.load(os.path.expanduser(source))
     check_device(device)
     result, config = find_result(source), Config(device=device).resolved()  # for its device and number type

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -95,7 +96,7 @@ python http_server.py {file} --port 8000
 curl --data-binary @photo.jpg http://127.0.0.1:8000/
 ```
 
-{"`model.onnx` is the same in float32: slower on most CPUs, and what was trained to the last digits." + chr(10) * 2 if len(formats) > 1 else ""}"""
+{"`model.onnx` is the same in float32: slower on most CPUs, without int8's rounding." + chr(10) * 2 if len(formats) > 1 else ""}"""
 
 
 def card(result, name=None, measured=(), weights=None, formats=FORMATS):
@@ -118,7 +119,7 @@ def card(result, name=None, measured=(), weights=None, formats=FORMATS):
         "input": f"RGB, {size} x {size}, upright, on white where transparent, "
                  + ("the centre of 8/7 of that size" if config.task.startswith("stream:") else "resized straight to a square") + ", bicubic; "
                  f"mean {', '.join(map(str, norm[0]))}, std {', '.join(map(str, norm[1]))}, which is inside the ONNX files",
-        f"on {split}": f"{', '.join(scores)}; {kept_epoch(result)}, seed {config.seed}",
+        f"on {split}": f"{', '.join(scores)}; {kept_epoch(result)}, seed {config.seed}; in {config.dtype}, of which a few answers differ in others",
         "weakest classes": ", ".join(f"{names[i]} ({value:.0%})" for value, i in worst) or "–",
         "taken for another": mistakes(result, names),
         "versions": ", ".join(f"{key} {value}" for key, value in result.versions.items()),
@@ -176,7 +177,7 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     ONNX can't hold. images: to calibrate int8 with; by default some that were trained on. The folder gets serving.py, which predicts with
     them without PyTorch, http_server.py, which serves them, adapter.safetensors and result.json, which `predict` reads, and README.md, the
     card. What an earlier call wrote there and this one doesn't is removed. name, weights, measured: as in `card`. Raises ValueError or
-    FileNotFoundError before anything is written, ImportError.
+    FileNotFoundError, or ImportError without onnx's packages, before anything is written.
     """
     for given in formats:
         if given not in FORMATS:
@@ -184,7 +185,9 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
     if "int8" in formats and images is None:
         images = calibration_images(result)
     model, streamed = load_with(result), result.config["task"].startswith("stream:")
-    folder = Path(folder).expanduser()
+    folder, needed = Path(folder).expanduser(), ("onnx", "onnxscript", "onnxruntime")[:3 if "int8" in formats else 2]
+    if missing := [name for name in needed if formats and importlib.util.find_spec(name) is None]:
+        raise ImportError(f"exported files need {' and '.join(missing)}: pip install {' '.join(missing)}, or export with --formats none")
     if formats:
         deploy.check_export(model, "model.onnx", *NORMS[result.config["norm"]], result.classes)
     if folder.resolve() == Path(result.folder).resolve():

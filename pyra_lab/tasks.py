@@ -119,6 +119,9 @@ def find_task(name, root=None):
         tree, skipped = (layouts.split_tree if kind == "folder" else layouts.find_stream)(path)
         warn_of_left(path, skipped)
         classes = tuple(tree["train800val200" if kind == "folder" else "train"])
+        if kind == "folder":
+            tested = {label for label, name in enumerate(classes) if tree["test"][name]}  # of one image or two, a fifth is none
+            warn_of_absent(f"the test split of {path}", tested, len(classes), classes, stacklevel=3)
         return Task(name, len(classes), classes, kind.capitalize(), path)
     if name in DRAWN:
         return Task(name, DRAWN[name], (), "Drawn", None)

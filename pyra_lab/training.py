@@ -125,7 +125,8 @@ def image_size(config):
 def find_source(config):
     """The Source of a config that names its task. Raises ValueError or FileNotFoundError."""
     if config.task.startswith("data:"):
-        raise ValueError(f"{config.task} was trained on Datasets that run was given: pass them again, data=(train, test)")
+        raise ValueError(f"{config.task} was trained on Datasets that run was given: pass them again, data=(train, test), or where images are to "
+                         "calibrate int8 with, write_release(…, images=…) or --formats float32")
     task = tasks.find_task(config.task, config.data_root)
     return Source(task, functools.partial(tasks.load_split, task))
 
@@ -235,6 +236,7 @@ def run_source(config, source, runs, progress):
             raise ValueError(f"batch_size {trained.batch_size} is not a multiple of the {processes.world} processes{whose}")
     device, method, num_classes = connect(processes, torch.device(config.device)), METHODS[config.method], source.task.num_classes
     model = (backbones.load_backbone if method.plan else build_model)(config, num_classes)  # refuses weights before anything is trained or written
+    budget.check_counts(model)
 
     teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
     stage_one = run_source(first_stage(config), source, runs, progress) if config.second_epochs is not None else None
@@ -269,7 +271,7 @@ def run_source(config, source, runs, progress):
             plan = state["plan"]  # calibrated after the last epoch, but not recorded
         if method.plan or plan is not None:
             model = build_model(config, num_classes, plan)
-        budget.check_counts(model)
+            budget.check_counts(model)
         if stage_one is not None:
             start_from(model, stage_one)
         return finish(run, model.to(device), plan, state)

@@ -206,7 +206,7 @@ def read_tree(path, streamed):
 
 def check_tree(path, streamed, quick):
     """The findings of a tree with one folder per class. Notes: how many images each class of each part has, and which files are left out.
-    Faults: the images that can't be read."""
+    Faults: images that can't be read, and images to test on that are also, under another name, among the others."""
     try:
         parts, skipped = read_tree(path, streamed)
     except (OSError, ValueError) as error:  # a tree that can be read in two ways, or not at all
@@ -218,8 +218,12 @@ def check_tree(path, streamed, quick):
         paths += [file for paths_of_class in folders.values() for file in paths_of_class]
     if left := layouts.describe_left(path, skipped):
         found.append(Finding("note", left))
-    looks = images.map_threads(lambda file: examine_file(file, decode=True), paths, f"checking {path.name}") if not quick else ()
-    return found + [Finding("unreadable", error) for _, _, error in looks if error]
+    looks = dict(zip(paths, images.map_threads(lambda file: examine_file(file, decode=True), paths, f"checking {path.name}") if not quick else ()))
+    *_, test = ([file for paths_of_class in folders.values() for file in paths_of_class] for folders in parts.values())
+    trained_on = {looks[file][0]: file for file in looks.keys() - set(test) if looks[file][0]}
+    copies = [Finding("overlap", f"{file}, to test on, is the same image as {trained_on[looks[file][0]]}, which is not") for file in test
+              if file in looks and looks[file][0] in trained_on]
+    return found + [Finding("unreadable", error) for _, _, error in looks.values() if error] + copies
 
 
 def is_tree(root):

@@ -11,7 +11,7 @@ from PIL import Image
 from pyra_lab import Config, augmentation, batches, load_run, run
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model
-from pyra_lab.tasks import load_split
+from pyra_lab.tasks import find_task, load_split
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -86,6 +86,10 @@ def test_a_damaged_image_of_a_stream_is_named(tmp_path, workers):
     with pytest.raises(ValueError) as caught:
         run(Config(task=name, **{**FULL, "workers": workers}), tmp_path / "runs", progress=False)
     assert str(caught.value).startswith(f"{tmp_path}/images/train/green/3.png is not an image that can be read: ") and "\n" not in str(caught.value)
+    config = Config(task=name, **{**FULL, "workers": workers})
+    data = batches.streamed(find_task(name), config.resolved(), 24, torch.device("cpu"))
+    shares = [[len(y) for _, y in data.test(rank, 32)] for rank in range(32)]  # more processes than images: some have none
+    assert sorted(shares) == [[]] * (32 - data.evaluated) + [[1]] * data.evaluated
 
 
 def test_augmentation_depends_on_seed_and_index_alone():

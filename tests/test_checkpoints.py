@@ -696,6 +696,13 @@ def test_adapter_damaged(tmp_path, content, message):
 
 
 def test_adapter_files_that_are_not_there(tmp_path):
+    """Nor a model in which nothing is trained any more: its file fits still."""
+    model = adapted()
+    pyra.save_adapter(model, tmp_path / "a.safetensors")
+    expected, head = model.eval()(batch()), model.head.weight.clone()
+    model.requires_grad_(False).head.weight.zero_()
+    torch.testing.assert_close(pyra.load_adapter(model, tmp_path / "a.safetensors")(batch()), expected)
+    assert torch.equal(model.head.weight, head)
     with pytest.raises(FileNotFoundError, match="no adapter .*none.safetensors"):
         pyra.load_adapter(adapted(), tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="no file .*none.pth"):

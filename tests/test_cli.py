@@ -6,13 +6,14 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ONE_STEP, ROOT, forbidden, python, rows
+from helpers import ONE_STEP, ROOT, forbidden, python, rows, write_image
 
 from pyra_lab import batches, cli, speed, training, vtab
 from pyra_lab.config import MOST, Config, parse
@@ -51,16 +52,19 @@ def test_results(small_backbone, task, tmp_path, monkeypatch, capsys):
         os.utime(f"{result.folder}/result.json", (1e9 - age, 1e9 - age))
     assert not cli.main(["results"])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["id", "task", "method", "rate", "epochs", "accuracy", "MACs,", "M"] and len({len(line) for line in (head, *lines)}) == 1
+    assert re.split("  +", head) == ["id", "task", "method", "rate", "epochs", "accuracy", "MACs, M", "other settings"]
+    assert len({line.rindex("  ") for line in (head, *lines)}) == 1
     for line, result, rate in zip(lines, done[::-1], ("-", "[10, 6, 3]")):
         values = [Path(result.folder).name, task, result.config["method"], rate, "1", f"{result.accuracy_last:.4f}", f"{result.macs / 1e6:.1f}"]
-        assert re.split("  +", line.strip()) == values
+        *found, others = re.split("  +", line.strip())
+        assert found == values and {"batch_size=64", "lr=0.005", "dropout=0.0"} <= set(others.split()) and "seed=" not in others
 
 
 def test_what_a_run_says(task, tmp_path, monkeypatch, capsys):
     """How many images it has for what, once; warnings as one line without a place in the code, none of them of the libraries below."""
     monkeypatch.setenv("PYRA_RUNS", str(tmp_path))
-    argv = f"run --task {task} --weights none --epochs 1 --keep best --train_split train800 --batch_size 8 --device cpu --dtype float32 --lora_rank 1"
+    images = shutil.copytree(task.removeprefix("folder:"), tmp_path / "images")
+    argv = f"run --task folder:{images} --weights none --epochs 1 --keep best --train_split train800 --batch_size 8 --device cpu --dtype float32 --lora_rank 1"
     monkeypatch.setattr(sys, "argv", ["pyra-lab", *argv.split()])
     monkeypatch.setattr(training, "warn_of_norm", lambda config: [warnings.warn("of two\nlines", stacklevel=1) for _ in range(2)])
     with pytest.raises(SystemExit) as left:
@@ -69,6 +73,18 @@ def test_what_a_run_says(task, tmp_path, monkeypatch, capsys):
     shown = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # without bars
     assert shown == ["pyra_lab: note: of two lines", "18 images to train on, 3 to select on, 24 to test on"]
     assert not logging.getLogger("pyra_lab").handlers
+    with pytest.raises(SystemExit) as left:
+        cli.entry()
+    (found,) = tmp_path.glob("*/result.json")
+    assert not left.value.code and f"found, not trained again: {found.parent}\n" in capsys.readouterr().err
+    images.rename(tmp_path / "away")
+    with pytest.raises(SystemExit) as left:
+        cli.entry()
+    assert not left.value.code  # a record is good without its images
+    shutil.copytree(tmp_path / "away", images)
+    write_image(images / "train/green/one_more.png", (9, 9, 9))
+    with pytest.raises(SystemExit, match=f"folder:{images} holds other images than when {found.parent} was trained on them: to train on these, delete that folder"):
+        cli.entry()
 
 
 def test_an_error_is_one_line(tmp_path):
@@ -88,7 +104,7 @@ def raises(error):
 @pytest.mark.parametrize("argv, normalize, sentence", [
     (["--epochs", "many"], None, "epochs must be of type int, not 'many'"),
     (["--task", "folder:/nowhere"], None, "/nowhere is not a folder"),
-    (["--lr", "1e38", "--epochs", "3", "--batch_size", "64"], None, "loss was nan in epoch 1"),
+    (["--lr", "1e38", "--epochs", "3", "--batch_size", "64"], None, "loss was nan in epoch 2; a lower lr may help"),
     ([], KeyboardInterrupt(), "interrupted; a run continues from its last epoch when the command is repeated"),
     ([], torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines"),
      "CUDA out of memory. Tried to allocate 2.00 GiB.; with --micro_batch a device takes fewer images at once"),

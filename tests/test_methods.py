@@ -266,8 +266,16 @@ class Unwritable(Shift):
         self.settings = dict(shift=self.shift)
 
 
+class Miscounted(Shift):
+    """Says that it removes one token."""
+
+    def tokens_after(self, n):
+        return n - 1
+
+
 BROKEN = [  # table, name, row, what the sentence says
     (METHODS, "shift", shifting(torch.nn.Identity), r"the Identity of Shift needs a method tokens_after\(n\): see pyra.Block$"),
+    (METHODS, "shift", shifting(Miscounted), r"block 0: tokens_after\(37\) of its Miscounted says 36 tokens, and 37 are left$"),
     (METHODS, "shift", shifting(Unwritable), "the settings of Shift's Unwritable must be JSON: Object of type Parameter is not JSON serializable$"),
     (METHODS, "shift", shifting(uses=frozenset({"ratio"})), "Shift uses ratio: uses may name dropout, layer_decay, .*, s$"),
     (METHODS, "lost", Method("Lost", "forgets to return", lambda model, c, plan: None), "add of Lost must return the model, not None$"),
@@ -275,6 +283,7 @@ BROKEN = [  # table, name, row, what the sentence says
     (PEFTS, "none", Peft("None", "does nothing", lambda model, c: model, frozenset({"width"})), "None uses width: uses may name dropout, .*, s$"),
     (evaluation.METRICS, "mean", lambda logits, labels: 1 / 0, "metric mean gives no number or list of numbers: ZeroDivisionError"),
     (evaluation.METRICS, "mean", lambda logits, labels: logits.mean(), "metric mean gives no number or list of numbers: TypeError: Object of type Tensor"),
+    (evaluation.METRICS, "seed", lambda logits, labels: 0.5, "a metric can't be called seed: a run's record has that name already$"),
     (evaluation.METRICS, "loss", lambda logits, labels: 0.5, "a metric can't be called loss: a run's record has that name already$"),
 ]
 

@@ -11,6 +11,7 @@ from helpers import R, TINY, batch, count_flops, numbers, on_meta, randomise, ro
 import pyra
 from pyra_lab import pruning
 from pyra_lab.pefts import adapter, convpass, fact, snf
+from pyra_lab.reducers import dtem, fpet
 
 KEEP = [(3, 20), (1, 48), (2, 1)]
 
@@ -140,12 +141,13 @@ def test_probe_loss_is_of_the_best_head():
     assert pruning.probe_loss(x, y, held_out, held_out_labels, 3, weight_decay=0.01) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("add", [lambda model: pyra.add_lora(model, rank=2), adapter.add_adapter, convpass.add_convpass, fact.add_fact, snf.add_snf],
-                         ids=["lora", "adapter", "convpass", "fact", "snf"])
-def test_pruned_models_are_adapted(tmp_path, add):
-    """By any PEFT, and its file fits a model that was pruned alike, and no other."""
+@pytest.mark.parametrize("add, merge", [
+    (lambda model: pyra.add_lora(model, rank=2), pyra.add_pyra), (adapter.add_adapter, dtem.add_dtem), (convpass.add_convpass, fpet.add_fpet),
+    (fact.add_fact, pyra.add_pyra), (snf.add_snf, pyra.add_pyra)], ids=["lora", "adapter", "convpass", "fact", "snf"])
+def test_pruned_models_are_adapted(tmp_path, add, merge):
+    """By any PEFT, with learned metrics too, whose widths differ then; and its file fits a model that was pruned alike, and no other."""
     def build(keep):
-        return randomise(pyra.add_pyra(add(pruning.prune_channels(pyra.VisionTransformer(**TINY), keep)), R)).eval()
+        return randomise(merge(add(pruning.prune_channels(pyra.VisionTransformer(**TINY), keep)), R)).eval()
 
     model = build(KEEP)
     pyra.save_adapter(model, tmp_path / "a.safetensors")

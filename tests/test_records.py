@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -107,6 +108,10 @@ def test_a_gpu_evaluates_in_full_batches(finished, task, monkeypatch):
     with watch_batches() as seen:
         assert evaluation.evaluate(model, cut) == result.metrics
     assert [len(x) for _, x in seen] == [7] * 4 and torch.equal(seen[3][1], cut[3][0][[0, 1, 2, 0, 1, 2, 0]])
+    with torch.no_grad():
+        model.head.bias[1] = math.nan  # the others' logits are what they were, and nan would count as the largest
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite for 24 of 24 images"):
+        evaluation.evaluate(model, cut)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_PARAMS)

@@ -540,6 +540,11 @@ def test_tofu_is_the_naive_loop(late, specials, r):
 def test_tofu_prunes_early_and_merges_late():
     assert [block.reducer.late for block in tofu.add_tofu(on_meta("vit_base_patch16_224"), 8).blocks] == [False] * 7 + [True] * 5
     assert [block.reducer and block.reducer.late for block in tofu.add_tofu(tiny(), [1, 0, 3]).blocks] == [False, None, True]
+    mixed = tofu.add_tofu(tiny(), R)  # what is pruned is nowhere, also where others merge after it
+    mixed.blocks[1].reducer = pyra.ToMe(R[1])
+    x, size, source = mixed.forward_tokens(batch())
+    held = (F.one_hot(source.clamp(min=0), 18) * (source >= 0)[..., None]).sum(dim=1)
+    assert x.shape[1] == size.shape[1] == 18 and (source < 0).any(dim=1).all() and torch.equal(held, size[..., 0].long())
     assert pyra.token_counts(tofu.add_tofu(tiny(), R)) == pyra.token_counts(pyra.add_tome(tiny(), R))
 
 
@@ -557,6 +562,8 @@ def test_one_row_is_pyra_whose_rows_are_alike():
         torch.testing.assert_close(ours(batch()), theirs(batch()))
         assert sum(p.numel() for name, p in trained(ours).items() if ".reducer." in name) == 3 * s * (1 + 24)
     assert torch.equal(one_row.add_one_row(tiny(), 30)(batch()), pyra.add_tome(tiny(), 30)(batch()))
+    half = one_row.add_one_row(tiny().to(torch.bfloat16), R)
+    assert half(batch().to(torch.bfloat16)).dtype == torch.bfloat16
     for block, r in zip(ours.blocks, (4, 0, 1)):
         block.reducer.r = r
     assert pyra.token_counts(ours) == [37, 33, 33, 32] and ours.forward_tokens(batch()).x.shape[1] == 32

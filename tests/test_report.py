@@ -90,6 +90,8 @@ def test_measured_averages_over_seeds():
     row = report.measured([result(0.5), result(0.6, seed=1, macs=97_000_000)])
     assert row.pop("accuracy, %") == pytest.approx((55.0, 5 * 2**0.5, 2))
     assert row == {"trained, % of backbone": 35.0, "MACs, M": 96.0, "seeds": 2}
+    everything = dataclasses.replace(result(0.5), trained=dict(peft=0, reducer=0, head=7, backbone=1000), backbone_parameters=1000)
+    assert report.measured([everything])["trained, % of backbone"] == 100
 
 
 def test_titles_and_comparisons():

@@ -342,6 +342,9 @@ def test_own_tasks_classes():
     with pytest.warns(UserWarning, match="no image of 4 of the 7 classes: one, two, four, five$"):
         task, _ = own_task((Own(items, "zero one two three four five six".split()), items[:1]), 4)
     assert task.classes[6] == "six"
+    with pytest.warns(UserWarning):
+        other, _ = own_task((Own(items, "zero one two three four five SIX".split()), items[:1]), 4)
+    assert other.name != task.name  # a record keeps the names
 
 
 class Endless(IterableDataset):

@@ -233,12 +233,15 @@ def test_a_teacher_is_fed_what_it_was_trained_with():
     ("digits", "train800val200", "val200", True), ("digits", "val200", "train800val200", True), ("digits", "train800", "train800", True),
     ("digits", "train800", "val200", False), ("digits", "train800val200", "test", False),
     ("stream:/images", "train800val200", "val200", False),  # a stream's test images
-])
+])  # and where epochs are compared on the images that are evaluated
 def test_selecting_on_what_was_trained_on_is_warned_of(task, train_split, eval_split, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         training.warn_of_overlap(Config(task=task, train_split=train_split, eval_split=eval_split))
-    assert [f"eval_split {eval_split} is of images that train_split {train_split} trains on" in str(w.message) for w in caught] == [True] * warned
+        for split in ("val200", "test"):
+            training.warn_of_overlap(Config(task="digits", train_split="train800", eval_split=split, keep="best"))
+    of_training, of_keeping = f"eval_split {eval_split} is of images that train_split {train_split} trains on", "keep best chooses the epoch .* eval_split val200"
+    assert [bool(re.match(text, str(w.message))) for text, w in zip([of_training] * warned + [of_keeping], caught, strict=True)] == [True] * (warned + 1)
 
 
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path):

@@ -213,6 +213,8 @@ def test_check_of_a_tree(tmp_path):
     """Images per class and part, what is left out, and what can't be read; whatever kind it is given as."""
     for part, count in (("train", 10), ("val", 2)):
         write_tree(tmp_path / "pets" / part, {"cat": count, "horse": 2 * count})
+    for file in (tmp_path / "pets/val").rglob("*.png"):
+        write_image(file, (int(file.stem), len(file.parent.name), 99))  # other images than those to train on
     (tmp_path / "pets/train/cat/notes.txt").write_text("none")
     left = f"note: {tmp_path}/pets: 1 left out: files that aren't images (1: .txt); see data/README.md"
     texts = lambda given, **options: {name: [f"{finding.kind}: {finding.text}" for finding in found] for name, found in check(given, **options).items()}
@@ -222,6 +224,10 @@ def test_check_of_a_tree(tmp_path):
     assert texts(tmp_path / "pets") == texts(f"folder:{tmp_path}/pets") == expected
     assert texts(f"stream:{tmp_path}/pets") == {f"stream:{tmp_path}/pets": [
         "note: to train on (train/): 30 images: cat 10, horse 20", "note: to test on (val/): 6 images: cat 2, horse 4", left]}
+    shutil.copy(tmp_path / "pets/train/cat/3.png", tmp_path / "pets/val/horse/0.png")
+    copied = [f"overlap: {tmp_path}/pets/val/horse/0.png, to test on, is the same image as {tmp_path}/pets/train/cat/3.png, which is not"]
+    assert texts(tmp_path / "pets") == {name: found + copied for name, found in expected.items()}
+    (tmp_path / "pets/val/horse/0.png").write_bytes((tmp_path / "pets/val/horse/1.png").read_bytes())
     for i in range(7):
         (tmp_path / f"pets/train/horse/{i}.png").write_bytes(b"no image")
     (tmp_path / "pets/val/cat/0.png").write_bytes(b"no image")

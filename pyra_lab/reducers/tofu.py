@@ -18,7 +18,8 @@ def mlerp(tokens, matching):
     unmerged = torch.ones_like(norm).scatter(1, dst, 0) > 0
     place = torch.cat([torch.arange(x.shape[1], device=dst.device).expand(len(dst), -1), dst], dim=1)
     new_index = torch.empty_like(order).scatter(1, order, place)
-    return tokens._replace(x=torch.where(unmerged[..., None], x, mean.to(x.dtype)), source=pyra.follow(tokens.source, new_index))
+    size = None if tokens.size is None else pyra.add_at(pyra.take(tokens.size, stay), dst, pyra.take(tokens.size, src))  # of blocks that do track them
+    return pyra.Tokens(torch.where(unmerged[..., None], x, mean.to(x.dtype)), size, pyra.follow(tokens.source, new_index))
 
 
 class ToFu(pyra.ToMe):
