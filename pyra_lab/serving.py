@@ -244,6 +244,8 @@ def to_pixels(image, size, crop=False):
 
 def answer(name, logits, classes, top):
     """The Prediction of an image from its logits (classes,)."""
+    if not np.isfinite(logits).all():
+        return Prediction(name, (), (), "the model's logits are not finite")
     exp = np.exp(np.float64(logits) - np.max(logits))
     order = np.argsort(-exp, kind="stable")[:top].tolist()
     return Prediction(name, tuple(classes[i] for i in order), tuple(float(exp[i] / exp.sum()) for i in order))

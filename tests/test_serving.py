@@ -92,6 +92,10 @@ def test_predictions_are_the_models_own(trained, kind):
         again = predict(source, given, top=1, device="cpu", progress=False)
         assert [row.classes for row in again] == [row.classes[:1] for row in found]
     assert predict(source, pixels[0], top=2, device="cpu", progress=False)[0].classes == found[0].classes[:2]
+    diverged = serving.Predictor(lambda pixels: np.full((len(pixels), 3), np.nan), 24, ("blue", "green", "red"), False)
+    assert serving.predict(diverged, pixels[:1].numpy(), progress=False) == [serving.Prediction("0", (), (), "the model's logits are not finite")]
+    with pytest.raises(ValueError, match="an .onnx file holds its weights and runs on the CPU: device and weights are for a run"):
+        predict(folder / "model.onnx", pixels, device="cuda", progress=False)
 
 
 def test_what_cannot_be_read_is_a_row(trained, tmp_path, capsys, monkeypatch):
