@@ -5,8 +5,11 @@ matplotlib and IPython are imported where they are used: notebooks need them, th
 
 import ast
 import difflib
+import functools
 import itertools
 import re
+import sys
+import warnings
 
 import numpy as np
 import torch
@@ -146,8 +149,10 @@ def colour(method):
 
 
 def use_style():
-    """Figures as all notebooks have them."""
+    """Figures as all notebooks have them, and warnings as the command line shows them: each once, without a place in the code."""
     import matplotlib
+    say = functools.cache(functools.partial(print, file=sys.stderr))
+    warnings.showwarning = lambda message, *place: say(f"note: {' '.join(str(message).split())}")
     matplotlib.rcParams.update({
         "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.1, "font.size": 8, "axes.titlesize": 9,
         "axes.spines.top": False, "axes.spines.right": False,

@@ -1,6 +1,7 @@
 """What notebooks show: parameters, tables, colours, figures."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -94,7 +95,12 @@ def test_measured_averages_over_seeds():
     assert report.measured([everything])["trained, % of backbone"] == 100
 
 
-def test_titles_and_comparisons():
+def test_titles_and_comparisons(capsys):
+    """And warnings, which are one line each, once."""
+    report.use_style()
+    for i in range(4):
+        warnings.warn(f"of two\nlines, {i % 2}", stacklevel=1)
+    assert capsys.readouterr().err == "note: of two lines, 0\nnote: of two lines, 1\n"
     assert [report.title("pyra"), report.title("plain", "lora"), report.title("tome", "snf")] == ["PYRA", "LoRA", "SNF + ToMe"]
     assert [report.compared(*pair) for pair in ((71.64, 70.0), (70.0, 70.84), (70.0, 70.04))] == ["1.6 points above", "0.8 points below", "level with"]
 
