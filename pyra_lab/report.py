@@ -7,6 +7,7 @@ import ast
 import difflib
 import itertools
 import re
+import textwrap
 
 import numpy as np
 import torch
@@ -336,7 +337,7 @@ def merged_tokens(model, images, norm, titles, blocks):
     figure, axes = plt.subplots(len(images), 1 + len(blocks), figsize=(1.6 * (1 + len(blocks)), 1.75 * len(images)), squeeze=False)
     for ax, image, text in zip(axes[:, 0], pixels, titles):
         ax.imshow(image.numpy())
-        ax.set_ylabel(text)
+        ax.set_ylabel(textwrap.fill(text, 24))  # as many letters as a row is high
     for column, block in zip(axes.T[1:], blocks):
         for ax, image, held in zip(column, pixels, held_patches(model, images, norm, block)):
             ax.imshow(fill_tokens(image, held, model.patch_size))
