@@ -86,6 +86,14 @@ def compared(ours, theirs):
     return f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
 
 
+def best_of(means):
+    """{name: accuracy in %} -> "b is the best", "a and b are the best", or, where no one is ahead, "all are level"."""
+    best = [name for name, mean in means.items() if compared(mean, max(means.values())) == "level with"]
+    if len(best) == len(means) > 1:
+        return "all are level"
+    return f"{', '.join(best[:-1])} and {best[-1]} are the best" if len(best) > 1 else f"{best[0]} is the best"
+
+
 FORMATS = {"trained, % of backbone": ".2f", "speed-up": ".2f", "images/s": ",.0f", "MAC ratio": ".2f"}
 
 

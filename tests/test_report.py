@@ -96,6 +96,8 @@ def test_measured_averages_over_seeds():
 def test_titles_and_comparisons():
     assert [report.title("pyra"), report.title("plain", "lora"), report.title("tome", "snf")] == ["PYRA", "LoRA", "SNF + ToMe"]
     assert [report.compared(*pair) for pair in ((71.64, 70.0), (70.0, 70.84), (70.0, 70.04))] == ["1.6 points above", "0.8 points below", "level with"]
+    assert [report.best_of(dict(zip("abc", means))) for means in ([70.0, 71.0, 69.0], [70.0, 70.04, 69.0], [70.0] * 3, [70.0])] == [
+        "b is the best", "a and b are the best", "all are level", "a is the best"]
 
 
 def test_caution_where_runs_are_few_or_short(said):
