@@ -76,6 +76,15 @@ def check_equal_lengths(shown, runs):
     assert [config["epochs"] for config in configs if config["second_epochs"] is None] == [2]
 
 
+def check_mapped(shown, runs):
+    """With the small task, a perplexity that its test images are too few for is refused before anything is trained."""
+    check_accuracies(shown, runs)
+    trained = read_configs(runs)
+    with pytest.raises(ValueError, match="perplexity must be less than the 45 test images to map, not 60: .*, -p perplexity 15"):
+        execute_first("features", dict(task=trained[0]["task"], perplexity=60.0))
+    assert read_configs(runs) == trained
+
+
 def check_deployed(shown, runs):
     """A folder for others, one model per rate and the target's, which merges by the schedule that was fitted; all on the same images."""
     curve = shown.pop("curve")
@@ -100,7 +109,7 @@ CASES = {
     "quickstart": Case(dict(backbone=BACKBONE, rate=2.5, epochs=1, seed=1, norm="none"), [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")]),
     "features": Case(dict(backbone="vit_nano_patch4_28", epochs=1, images=40, perplexity=10.0, lr=1e-3),
                      [(dict(neighbours=0), "neighbours must be at least 1 and less than images, 400, not 0"),
-                      (dict(images=50), "images must be more than three times perplexity, 30, not 50")]),
+                      (dict(images=50), "images must be more than three times perplexity, 30, not 50")], check=check_mapped),
     "ablation_rank": Case(dict(s=3, epochs=1, rate=4.0),
                           [(dict(rank=4), "there is no parameter 'rank'; the parameters are task, backbone"), (dict(s=0), "s must be at least 1")],
                           check=check_earlier_ranks, before=dict(s=2)),
