@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 import sys
+import textwrap
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from einops import rearrange, repeat
 
 import pyra
 from pyra_lab.images import normalize
+from pyra_lab.labels import label_points
 from pyra_lab.methods import METHODS, PEFTS
 from pyra_lab.records import OverSeeds, accuracy_over_seeds, measured_rows
 from pyra_lab.tasks import is_own
@@ -85,6 +87,14 @@ def compared(ours, theirs):
     """Two accuracies in %, such as OverSeeds' means -> "1.6 points above", "0.8 points below" or "level with"."""
     difference = round(ours - theirs, 1)
     return f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
+
+
+def best_of(means):
+    """{name: accuracy in %} -> "b is the best", "a and b are the best", or, where no one is ahead, "all are level"."""
+    best = [name for name, mean in means.items() if compared(mean, max(means.values())) == "level with"]
+    if len(best) == len(means) > 1:
+        return "all are level"
+    return f"{', '.join(best[:-1])} and {best[-1]} are the best" if len(best) > 1 else f"{best[0]} is the best"
 
 
 FORMATS = {"trained, % of backbone": ".2f", "speed-up": ".2f", "images/s": ",.0f", "MAC ratio": ".2f"}
@@ -158,39 +168,6 @@ def use_style():
         "axes.spines.top": False, "axes.spines.right": False,
         "axes.prop_cycle": matplotlib.cycler(color=[*COLOURS.values(), *PALETTE]), "legend.frameon": False, "lines.linewidth": 1.2, "lines.markersize": 4.5,
     })
-
-
-def label_points(ax, points, fontsize=7.5):
-    """Writes each label of (x, y, text, colour) beside its point, clear of other labels, points and lines where there is room.
-
-    A thin line connects a label that has to stand further away. Call it last: it needs the final limits of the axes.
-    """
-    from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering()  # computes the layout
-    frame, pixels = ax.get_window_extent(), ax.figure.dpi / 72
-    marks = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    taken = [Bbox.from_extents(u - 3 * pixels, v - 3 * pixels, u + 3 * pixels, v + 3 * pixels) for u, v in marks]
-    lines = [(line, line.get_path()) for line in ax.lines] + [(bars, path) for bars in ax.collections for path in bars.get_paths()]  # of errors
-    paths = [line.get_transform().transform_path(path).interpolated(20).vertices for line, path in lines]
-    drawn = np.concatenate([np.empty((0, 2)), *paths])
-    directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 0.7), (1, -0.7), (-1, 0.7), (-1, -0.7)]
-    for (x, y, text, ink), (u, v) in sorted(zip(points, marks), key=lambda entry: -entry[1][1]):
-        label = ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 0), color=ink, fontsize=fontsize, va="center", ha="center")
-        box = label.get_window_extent()
-        places = []
-        for reach, (right, up) in itertools.product((5, 11, 18, 26, 36, 48), directions):
-            shift = right * (box.width / 2 + reach * pixels), up * (reach * pixels + (box.height / 2 if not right else 0))
-            place = box.translated(*shift)
-            outside = sum((place.x0 < frame.x0, place.x1 > frame.x1 + 4 * pixels, place.y0 < frame.y0, place.y1 > frame.y1))
-            crossed = ((drawn > place.min) & (drawn < place.max)).all(axis=1).any()
-            places.append((outside + sum(place.overlaps(other) for other in taken), crossed, reach, shift, place))
-        _, _, reach, shift, place = min(places, key=lambda found: found[:3])
-        label.set_position((shift[0] / pixels, shift[1] / pixels))
-        label.set_in_layout(False)
-        taken.append(place)
-        if reach > 11:
-            ends = ax.transData.inverted().transform([(u, v), (min(max(u, place.x0), place.x1), min(max(v, place.y0), place.y1))])
-            ax.plot(*ends.T, color=ink, linewidth=0.5, alpha=0.6, zorder=1, scalex=False, scaley=False)
 
 
 def accuracy_axis(ax, values, least=10):
@@ -374,7 +351,7 @@ def merged_tokens(model, images, norm, titles, blocks):
     figure, axes = plt.subplots(len(images), 1 + len(blocks), figsize=(1.6 * (1 + len(blocks)), 1.75 * len(images)), squeeze=False)
     for ax, image, text in zip(axes[:, 0], pixels, titles):
         ax.imshow(image.numpy())
-        ax.set_ylabel(text)
+        ax.set_ylabel(textwrap.fill(text, 24))  # as many letters as a row is high
     for column, block in zip(axes.T[1:], blocks):
         for ax, image, held in zip(column, pixels, held_patches(model, images, norm, block)):
             ax.imshow(fill_tokens(image, held, model.patch_size))

@@ -76,16 +76,32 @@ def check_equal_lengths(shown, runs):
     assert [config["epochs"] for config in configs if config["second_epochs"] is None] == [2]
 
 
+def check_mapped(shown, runs):
+    """With the small task, a perplexity that its test images are too few for is refused before anything is trained."""
+    check_accuracies(shown, runs)
+    trained = read_configs(runs)
+    with pytest.raises(ValueError, match="perplexity must be less than the 45 test images to map, not 60: .*, -p perplexity 15"):
+        execute_first("features", dict(task=trained[0]["task"], perplexity=60.0))
+    assert read_configs(runs) == trained
+
+
 def check_deployed(shown, runs):
-    """A folder for others, one model per rate and the target's, which merges by the schedule that was fitted; all on the same images."""
+    """A folder for others, one model per rate and the target's, which merges by the schedule that was fitted; all on the same images.
+
+    A rate is how many times fewer operations a model does, and one that no schedule reaches is refused.
+    """
     curve = shown.pop("curve")
     check_accuracies(shown, runs)
     assert list(shown) == ["unmerged", "merged"] and all([row["dtype"] for row in shown[name]["formats"]][::len(shown[name]["formats"]) - 1] == ["float32", "int8"]
                                                          for name in shown)
     assert curve["files"] == list(RELEASED) and len(curve["accuracy"]) == len(curve["images_per_second"]) == 2
-    configs = read_configs(runs)
-    assert len(configs) == 3 and {config["train_split"] for config in configs} == {"train800"}
-    assert [config["eval_split"] for config in configs if config["rate"] == curve["schedule"]] == ["test"] and curve["mac_ratio"] > 1
+    records = [json.loads(file.read_text()) for file in runs.glob("*/result.json")]
+    assert len(records) == 3 and {record["config"]["train_split"] for record in records} == {"train800"}
+    assert [record["config"]["rate"] for record in records if record["config"]["eval_split"] == "test"] == [curve["schedule"]] and curve["mac_ratio"] > 1
+    fewer, plain = sorted(record["macs"] for record in records if record["config"]["eval_split"] == "val200")
+    assert plain / fewer == pytest.approx(1.3, rel=0.02)
+    with pytest.raises(ValueError, match="flops_ratio 9 is out of reach: merging down to 4 patches reaches 5.6"):
+        execute_first("deploy", dict(rates=[9.0]))
 
 
 class Case(NamedTuple):
@@ -100,7 +116,7 @@ CASES = {
     "quickstart": Case(dict(backbone=BACKBONE, rate=2.5, epochs=1, seed=1, norm="none"), [(dict(task="cifr100"), "Unknown task 'cifr100'.*did you mean cifar100")]),
     "features": Case(dict(backbone="vit_nano_patch4_28", epochs=1, images=40, perplexity=10.0, lr=1e-3),
                      [(dict(neighbours=0), "neighbours must be at least 1 and less than images, 400, not 0"),
-                      (dict(images=50), "images must be more than three times perplexity, 30, not 50")]),
+                      (dict(images=50), "images must be more than three times perplexity, 30, not 50")], check=check_mapped),
     "ablation_rank": Case(dict(s=3, epochs=1, rate=4.0),
                           [(dict(rank=4), "there is no parameter 'rank'; the parameters are task, backbone"), (dict(s=0), "s must be at least 1")],
                           check=check_earlier_ranks, before=dict(s=2)),
@@ -133,7 +149,7 @@ CASES = {
                        [(dict(dtypes=["float16"]), "dtype must be one of float32, bfloat16"), (dict(suite="gpu.json"), "there is no file 'gpu.json'"),
                         (dict(suite=__file__), "is no file that benchmark --suite has written")],
                        task=lambda task: dict(suite=suite_file(task)), check=check_speeds),
-    "deploy": Case(dict(backbone=BACKBONE, target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[4.0], augment="light"),
+    "deploy": Case(dict(backbone=BACKBONE, target_speedup=1.7, serve_batch=2, seconds=0.02, seed=1, epochs=1, rates=[1.3], augment="light"),
                    [(dict(target_speedup=1.0), "speedup must be greater than 1"), (dict(target_latency=-1.0), "exactly one of speedup, images_per_second and latency, a positive number"),
                     (dict(path="nowhere"), "nowhere is not a folder")],
                    task=lambda task: dict(path=task.removeprefix("folder:")), check=check_deployed),
@@ -159,7 +175,10 @@ def read_configs(runs):
 def test_committed_as_run_once_from_top_to_bottom(path):
     notebook, cells = read(path.stem), code_cells(path.stem)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    shown = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in shown if output.output_type == "error"]
+    texts = [output.get("text", "") + "".join(output.get("data", {}).get(kind, "") for kind in ("text/plain", "text/markdown")) for output in shown]
+    assert not re.search(r"/(tmp|home|root|work|Users|mnt)/", " ".join(texts))  # of the machine that executed it
     tags = [tag for cell in cells for tag in cell.metadata.get("tags", [])]
     assert tags.count("parameters") == 1 and "injected-parameters" not in tags
     assert notebook.metadata.kernelspec.name == "python3"

@@ -10,6 +10,7 @@ from helpers import ROOT, rows, tiny
 
 import pyra
 from pyra_lab import METHODS, Method, Result, report
+from pyra_lab.labels import gap
 from pyra_lab.records import OverSeeds, over_images, over_seeds
 from pyra_lab.reducers.tofu import add_tofu
 
@@ -103,6 +104,8 @@ def test_titles_and_comparisons(capsys):
     assert capsys.readouterr().err == "note: of two lines, 0\nnote: of two lines, 1\n"
     assert [report.title("pyra"), report.title("plain", "lora"), report.title("tome", "snf")] == ["PYRA", "LoRA", "SNF + ToMe"]
     assert [report.compared(*pair) for pair in ((71.64, 70.0), (70.0, 70.84), (70.0, 70.04))] == ["1.6 points above", "0.8 points below", "level with"]
+    assert [report.best_of(dict(zip("abc", means))) for means in ([70.0, 71.0, 69.0], [70.0, 70.04, 69.0], [70.0] * 3, [70.0])] == [
+        "b is the best", "a and b are the best", "all are level", "a is the best"]
 
 
 def test_caution_where_runs_are_few_or_short(said):
@@ -144,15 +147,27 @@ def test_labels_overlap_neither_each_other_nor_points(canvas):
 
 
 def test_labels_keep_clear_of_error_bars(canvas):
-    """Of a single run on few images too; here the bar stands where the first label would."""
-    report.tradeoff([dict(method="pyra", label="merged, float32", accuracy=over_images(89.0, 200), speed=338.0),
-                     dict(method="pyra", label="merged, int8", accuracy=over_images(88.0, 200), speed=420.0)], {"speed": "images/s"})
+    """Of a single run on few images too, where bars are long; and they stand where they can't be read as another mark's."""
+    speeds = {"merged, float32": 338.0, "merged, int8": 420.0, "merged, bfloat16": 445.0}
+    accuracies = dict(zip(speeds, (89.0, 88.0, 89.0)))
+    report.tradeoff([dict(method="pyra", label=name, accuracy=over_images(accuracies[name], 200), speed=speed) for name, speed in speeds.items()],
+                    {"speed": "images/s"})
     ax, = canvas.gcf().axes
     canvas.gcf().canvas.draw()
     bars = [ax.transData.transform(path.vertices) for lines in ax.collections for path in lines.get_paths()]
-    assert len(bars) == 2
-    for box in (text.get_window_extent() for text in ax.texts):
+    marks = ax.transData.transform([(speed, accuracies[name]) for name, speed in speeds.items()])
+    assert len(bars) == 3
+    for text in ax.texts:
+        box, own = text.get_window_extent(), list(speeds).index(text.get_text())
         assert not any(box.x0 < x < box.x1 and low < box.y1 and high > box.y0 for (x, low), (_, high) in bars)
+        assert np.argmin([gap(box, mark[None]) for mark in marks]) == own
+        (x, y), end = marks[own], np.clip(marks[own], box.min, box.max)  # on the way from a mark to its label stands no other's bar
+        assert not any(min(x, end[0]) < bar < max(x, end[0]) and low < max(y, end[1]) and high > min(y, end[1]) for (bar, low), (_, high) in bars)
+
+    canvas.close("all")  # of marks that coincide the later one is a ring around the earlier
+    report.tradeoff([dict(method=method, label=method, accuracy=over_seeds([80.0]), speed=9.0) for method in ("tome", "pyra")], {"speed": "images/s"})
+    (inner, outer), _ = canvas.gcf().axes[0].lines, canvas.gcf().canvas.draw()
+    assert outer.get_markerfacecolor() == "none" != inner.get_markerfacecolor() and outer.get_markersize() > 1.5 * inner.get_markersize()
 
 
 def test_error_bars_only_for_several_seeds_and_axes_at_true_size(canvas):
@@ -174,9 +189,12 @@ def test_learning_curves_are_in_per_cent(canvas, evaluated):
 def test_merged_tokens_fills_each_token_with_its_mean_colour(canvas):
     model = pyra.add_tome(tiny(), [12, 8, 4])
     images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    report.merged_tokens(model, images, "half", ["first", "second"], blocks=[1, 3])
+    report.merged_tokens(model, images, "half", ["first", "SeaLake predicted as HerbaceousVegetation"], blocks=[1, 3])
     axes = np.array(canvas.gcf().axes).reshape(2, 3)
-    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["first", "second"]
+    canvas.gcf().canvas.draw()
+    first, second = [ax.yaxis.label for ax in axes[:, 0]]  # a long one has lines, and so leaves the other its place
+    assert first.get_text() == "first" and second.get_text() == "SeaLake predicted as\nHerbaceousVegetation"
+    assert second.get_window_extent().height < canvas.gcf().get_window_extent().height / 2
     with torch.no_grad():
         source = model.forward_tokens((images.float() / 255 - 0.5) / 0.5, 3).source[:, model.specials:].reshape(2, 6, 6)
     for ax, image, held in zip(axes[:, 2], images, source):
