@@ -12,7 +12,6 @@ import sys
 import textwrap
 import warnings
 
-import numpy as np
 import torch
 from einops import rearrange, repeat
 
