@@ -963,7 +963,7 @@ def load_adapter(model, path):
         given = metadata.get(key, "null")  # a setting that an older version's file lacks counts as null
         differs = "its frozen weights are of another backbone" if key == "backbone" else f"its {key} is {first_line(given)}, the model's {value}"
         require(given == value or key == "backbone" and same_in_float16(metadata, model), f"{path} doesn't fit the model: {differs}")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or is_adapter(name) and name in tensors}
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad} or {k: p for k, p in model.named_parameters() if is_adapter(k)}
     check_fit(path, trained, tensors)
     require(metadata.get("digest") in (None, digest(tensors)), f"{path} is damaged: its numbers are not those that save_adapter wrote")
     for name, p in trained.items():
