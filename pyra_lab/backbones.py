@@ -61,6 +61,12 @@ def create_backbone(config, num_classes):
     return pyra.create_model(config.backbone, num_classes=num_classes, drop_path_rate=config.drop_path, img_size=size, **pool)
 
 
+def shape_of(config, num_classes=1):
+    """The config's backbone on the meta device, without weights: to count, and to solve for."""
+    with torch.device("meta"):
+        return create_backbone(config, num_classes)
+
+
 def load_backbone(config, num_classes):
     """The backbone of a resolved config with its weights and nothing else, initialised by the config's seed."""
     torch.manual_seed(config.seed)

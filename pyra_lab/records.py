@@ -215,6 +215,14 @@ def measured_rows(name):
     return rows
 
 
+def write_rows(rows, file):
+    """Writes rows, dicts with the same keys, as CSV: what measured_rows reads."""
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def measured_runs(name, fields):
     """The single runs in notebooks/measured/<name>.csv, {values of these fields, as text: {task: {seed: row}}}."""
     runs = {}

@@ -118,8 +118,7 @@ class Run(NamedTuple):
 
 
 def image_size(config):
-    with torch.device("meta"):
-        return backbones.create_backbone(config, 1).img_size
+    return backbones.shape_of(config).img_size
 
 
 def find_source(config):
@@ -255,7 +254,7 @@ def run_source(config, source, runs, progress):
             if stack.enter_context(files.file_lock(folder)):
                 for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
                     left.unlink()
-                if (images := tasks.fingerprint(source.task)) and not (folder / IMAGES).is_file():
+                if not (folder / IMAGES).is_file() and (images := tasks.fingerprint(source.task)):
                     files.write_atomically(folder / IMAGES, lambda partial: partial.write_text(images))
         processes.wait()
         if result := read_result(folder):  # another process did it while this one waited
@@ -369,8 +368,7 @@ def summarise(run, model, plan, history, metrics, kept=-1):
     reduced = budget.mean_macs(model, counts)
     macs = reduced + (0 if PEFTS[config.peft].fold else peft_macs(model, means))
     if "rate" in method.uses:
-        with torch.device("meta"):  # the model itself may be pruned
-            target = budget.target_macs(config, backbones.create_backbone(config, task.num_classes))
+        target = budget.target_macs(config, backbones.shape_of(config, task.num_classes))  # the model itself may be pruned
         if abs(missed := reduced / target - 1) > 0.05:
             warnings.warn(f"{run.folder.name} misses its MAC budget by {missed:+.0%}: compare it with others at its own cost, Result.macs", stacklevel=4)
     return Result(

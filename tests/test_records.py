@@ -203,6 +203,7 @@ def test_results_are_flat_rows(finished, tmp_path):
         "id", "title", "group", *result.config, *evaluation.METRICS, "accuracy_best", "best_epoch", "loss", "macs", "tokens",
         "trained_peft", "trained_reducer", "trained_head", "trained_backbone", "backbone_parameters", "seconds_per_epoch", "peak_memory",
         "num_classes", "torch", "folder"}
+    assert {name for name in row if not name.startswith("trained_")} <= {*result.config, *evaluation.METRICS, *evaluation.TAKEN}  # no metric hides one
     assert (row["title"], row["group"]) == ("PYRA", None)  # the task is a folder
     assert row["id"] == config.id() and row["folder"] == str(tmp_path / config.id())
     assert (row["accuracy"], row["loss"], row["tokens"]) == (result.accuracy_last, result.history[-1]["loss"], 18)

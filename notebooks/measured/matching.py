@@ -7,7 +7,6 @@ the bit in both number types: what then still changes is what rounding does to a
 
 import argparse
 import copy
-import csv
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import pyra
 from pyra_lab import METHODS, Config, Method, fold, load_run, run
 from pyra_lab.budget import schedule
 from pyra_lab.images import normalize
+from pyra_lab.records import write_rows
 from pyra_lab.tasks import load_split
 
 METRICS = {  # what tokens are compared by -> how it is computed
@@ -136,10 +136,7 @@ def main():
                 rows.append(dict(task=task, compared=compared, seed=seed, accuracy=f"{result.accuracy_last:.4f}",
                                  **changed_predictions(result, images[:400])))
                 print(*rows[-1].values(), flush=True)
-    with open(args.out, "w", newline="") as out:
-        writer = csv.DictWriter(out, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ trained further on the scenes that it was pre-trained on. Then ToMe merges it by
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import math
@@ -21,6 +20,7 @@ import pyra
 from pyra_lab import Config, backbones, run
 from pyra_lab.images import normalize
 from pyra_lab.pretrain import IGNORE, PATCH_QUESTIONS, QUESTIONS, build, choose_patches, compute_loss, draw_many
+from pyra_lab.records import write_rows
 
 HERE = Path(__file__).parent
 SIZE = dict(img_size=56, patch_size=4, embed_dim=96, num_heads=3, rope=True)
@@ -159,10 +159,7 @@ def main():
             for seed in range(args.seeds):
                 config = Config(task=task, backbone="vit_nano_rope_patch4_56", weights=str(file), method="tome", epochs=2, lr=8e-3, seed=seed)
                 add(place, keys, "high", task, seed, run(config, args.folder / f"{place}-{keys}", progress=False).accuracy_last)
-    with open(args.out, "w", newline="") as out:
-        writer = csv.DictWriter(out, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":
