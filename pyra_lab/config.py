@@ -56,6 +56,9 @@ class Config:
     second_epochs: int | None = option(
         None, "train `epochs` without merging, then this many with it (0: attach only; the first 10 % warm up); by default one stage")
     rise: float = option(0.0, "share of the epochs over which merging rises from no pairs to the whole schedule, linearly (tome, tofu, pyra_row, pitome, dtem)")
+    any_rate: bool = option(False, "merge a random share of the pairs in each step, so that one adapter serves every rate up to `rate` (methods as for rise)")
+    train_rate: str | float | list | None = option(
+        None, "train at this rate, then merge at `rate` without further training (methods as for rise); by default train at `rate`")
     warmup: int | None = option(None, "epochs of linear warm-up; by default a tenth of the epochs")
     batch_size: int | None = option(None, "images per step, over all devices; by default the paper's for the backbone")
     micro_batch: int | None = option(None, "images that a device takes at once, with gradients summed over a step; by default all")
@@ -108,6 +111,7 @@ class Config:
         unused = OPTIONAL - method.uses - peft.uses
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         values["task"] = task
+        values |= {"train_rate": None} if self.train_rate == self.rate else {}
         values |= {"img_size": None} if self.img_size == default_img_size(self.backbone) else {}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
         kind, _, path = self.task.partition(":")
@@ -137,7 +141,8 @@ class Config:
 
 
 def check_types(config):
-    object.__setattr__(config, "rate", pyra.to_python(config.rate))
+    for name in ("rate", "train_rate"):
+        object.__setattr__(config, name, pyra.to_python(getattr(config, name)))
     for f in dataclasses.fields(config):
         value, kinds = getattr(config, f.name), f.type
         if type(value) is int and isinstance(0.0, kinds):
@@ -183,8 +188,9 @@ def check_ranges(config):
     patch = pyra.read_name(config.backbone.split(".")[0]).get("patch_size", 16)
     if config.img_size is not None and config.img_size % patch:
         raise ValueError(f"img_size must be a multiple of {patch}, the patches of {config.backbone}, not {config.img_size}")
-    if not isinstance(config.rate, list):
-        (pyra.merge_schedule if isinstance(config.rate, str) else functools.partial(pyra.check_flops_ratio, name="rate"))(config.rate)
+    for name in ("rate", "train_rate"):
+        if not isinstance(rate := given.get(name, []), list):
+            (pyra.merge_schedule if isinstance(rate, str) else functools.partial(pyra.check_flops_ratio, name=name))(rate)
     check_device_name(config.device)  # whether it is here is checked where it is used: a grid for a cluster's GPUs is made where there are none
 
 
@@ -193,8 +199,8 @@ def check_combinations(config):
     if config.second_epochs is not None and (not method.second_stage or peft.trains_backbone):
         supported = ", ".join(name for name, row in METHODS.items() if row.second_stage)
         raise ValueError(f"two-stage training (second_epochs) supports {supported} with a PEFT, not method {config.method} with peft {config.peft}")
-    if config.rise and config.compile and "rise" in method.uses:
-        raise ValueError("rise merges another number of tokens in each epoch, for each of which compile would compile again: leave out one of them")
+    if (config.rise or config.any_rate) and config.compile and "rise" in method.uses:
+        raise ValueError("rise and any_rate merge other numbers of tokens again and again, for each of which compile would compile anew: leave out compile")
     if method.before_peft and peft.trains_backbone:
         raise ValueError(f"method {config.method} prunes a frozen backbone, and peft {config.peft} would train it")
     if streamed and (method.in_memory or config.teacher):

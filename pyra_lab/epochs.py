@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import random
 import re
 import time
 from typing import NamedTuple
@@ -55,8 +56,9 @@ def merged_share(epoch, epochs, rise):
 def set_share(model, schedule, share):
     """Lets each block merge a share of its pairs. schedule: the pairs of each block, as the model was built.
 
-    A method whose row uses "rise" promises that its reducers merge `r` pairs, whatever r is set to. Training sets it before each epoch; an
-    evaluation then merges as the epoch before it did, and the last epoch merges the whole schedule, which record and adapter tell.
+    A method whose row uses "rise", "any_rate" and "train_rate" promises that its reducers merge `r` pairs, whatever r is set to. With rise,
+    training sets it before each epoch; an evaluation then merges as the epoch before it did, and the last epoch merges the whole schedule,
+    which record and adapter tell. With any_rate, it is a random share of that in each step of training, and none of it is left out in an evaluation.
     """
     for block, r in zip(model.blocks, schedule):
         if block.reducer is not None:
@@ -127,15 +129,15 @@ def cut_epoch(config, n, world):
     return Steps(batch, n // batch, math.ceil(batch // world / (config.micro_batch or batch)))
 
 
-def train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, processes, steps):
-    """One epoch. set_lr: (step) sets the learning rates. Returns the mean loss and the accuracy on the training images."""
+def train_epoch(model, loss_of, optimizer, prepare, data, cut, seed, processes, steps):
+    """One epoch. prepare: (step) sets what changes from step to step. Returns the mean loss and the accuracy on the training images."""
     model.train()
     device, trained = model.pos_embed.device, [p for p in model.parameters() if p.requires_grad]
     after_step = [block.reducer.after_step for block in model.blocks if hasattr(block.reducer, "after_step")]
     chunks = data.train(seed, batches.chunks_of_epoch(data.n, cut.batch, cut.parts, seed, processes.rank, processes.world))
     total_loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     for step in steps:
-        set_lr(step)
+        prepare(step)
         for part in range(cut.parts):
             x, y, teacher = next(chunks)
             # drop path, dropout and mixing: two processes draw what one process with two micro-batches would
@@ -199,20 +201,25 @@ def train(model, optimizer, config, data, num_classes, epochs, warmup, start=0, 
     fine_tuned = PEFTS[config.peft].trains_backbone
     schedule = [getattr(block.reducer, "r", 0) for block in model.blocks]
     for epoch in range(start, epochs):
+        share = merged_share(epoch, epochs, config.rise)
         if config.rise:
-            set_share(model, schedule, merged_share(epoch, epochs, config.rise))
+            set_share(model, schedule, share)
         if trained is not None and epoch == start:
             yield trained
             continue
         began, seed = time.perf_counter(), config.seed * 100_003 + epoch
         steps = files.progress(range(cut.steps), desc=f"epoch {epoch + 1}", show=progress and processes.first, delay=30)
 
-        def set_lr(step):
+        def prepare(step):
             factor = mae_lr_factor(epoch + step / cut.steps, warmup, epochs) if fine_tuned else lr_factor(epoch, warmup, epochs)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+            if config.any_rate:
+                set_share(model, schedule, share * random.Random(seed * 1_000_003 + step).random())
 
-        loss, accuracy = train_epoch(model, loss_of, optimizer, set_lr, data, cut, seed, processes, steps)
+        loss, accuracy = train_epoch(model, loss_of, optimizer, prepare, data, cut, seed, processes, steps)
+        if config.any_rate:
+            set_share(model, schedule, share)
         yield dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - began)
 
 

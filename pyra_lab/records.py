@@ -63,7 +63,7 @@ def read_result(folder):
 def kept_epoch(result):
     """Whose weights a Result's are, in words."""
     if not result.history:
-        return "the first stage's weights"
+        return f"the weights trained at rate {rate}" if (rate := result.config.get("train_rate")) else "the first stage's weights"
     best = result.config.get("keep") == "best"
     return f"epoch {result.best_epoch + 1 if best else len(result.history)} of {len(result.history)}" + ", the best on val200" * best
 

@@ -39,8 +39,10 @@ from pyra_lab.scalars import open_scalars
 
 
 def first_stage(config):
-    """Of a config with two stages: its PEFT without merging."""
-    return dataclasses.replace(config, method="plain", second_epochs=None)
+    """The run whose trained parameters a config's run starts from: at train_rate, or of two stages the first, without merging. None: it has none."""
+    if config.train_rate not in (None, config.rate) and "train_rate" in METHODS[config.method].uses:
+        return dataclasses.replace(config, rate=config.train_rate, train_rate=None)
+    return None if config.second_epochs is None else dataclasses.replace(config, method="plain", second_epochs=None)
 
 
 def teacher_run(config):
@@ -55,15 +57,15 @@ def teacher_run(config):
 
 def prerequisites(config):
     """The runs that a config's run starts from."""
-    return ([first_stage(config)] if config.second_epochs is not None else []) + ([teacher_run(config)] if config.teacher else [])
+    return [*filter(None, [first_stage(config)]), *([teacher_run(config)] if config.teacher else [])]
 
 
 def start_from(model, result):
-    """Gives the model the PEFT and head that a run without merging has trained: the second of two stages."""
+    """Gives the model what its first stage has trained. A block's reducer that this one didn't have starts untrained, as ToMe."""
     trained = safetensors.torch.load_file(Path(result.folder) / "adapter.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.requires_grad and ".reducer." not in name:
+            if p.requires_grad and (name in trained or ".reducer." not in name):
                 p.copy_(trained[name])
 
 
@@ -166,6 +168,15 @@ def warn_of_norm(config):
                       f"for images of your own pass --norm {row['expects']}", stacklevel=3)
 
 
+def warn_of_unused(config):
+    """Warns where a merging method can't do what is asked of its numbers of pairs. Other fields that don't matter are left out as a rule: see Config.resolved."""
+    method = METHODS[config.method]
+    for name in sorted(methods.ANY_NUMBER - methods.RATE - method.uses if "rate" in method.uses else ()):
+        if getattr(config, name):
+            can = ", ".join(other for other, row in METHODS.items() if name in row.uses)
+            warnings.warn(f"{name} is left out: {config.method} can't merge other numbers of pairs than its own, which {can} can", stacklevel=3)
+
+
 def warn_of_overlap(config):
     """Warns where the images to evaluate on are among those to train on: an accuracy to select by would be that of training."""
     if not config.task.startswith("stream:") and overlap(config.eval_split, config.train_split):  # of a stream val200 is its test images
@@ -214,8 +225,8 @@ def run(config, runs=None, progress=True, data=None):
     source = None
     if data is not None:
         config, source = take_datasets(config, data)
-    warn_of_norm(config)
-    warn_of_overlap(config)
+    for warn in (warn_of_norm, warn_of_unused, warn_of_overlap):
+        warn(config)
     return run_source(config, source, runs, progress)
 
 
@@ -238,7 +249,7 @@ def run_source(config, source, runs, progress):
     budget.check_counts(model)
 
     teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
-    stage_one = run_source(first_stage(config), source, runs, progress) if config.second_epochs is not None else None
+    stage_one = run_source(first_stage(config), source, runs, progress) if first_stage(config) else None
     if source.task.group == "Stream":
         data = batches.streamed(source.task, config, image_size(config), device)
     else:
@@ -307,8 +318,9 @@ def finish(run, model, plan, state):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     config, folder, data, processes = run.config, run.folder, run.data, run.processes
     epochs, warmup = config.epochs, config.warmup
-    if config.second_epochs is not None:
-        epochs, warmup = config.second_epochs, config.second_epochs // 10
+    if first_stage(config):
+        epochs = 0 if config.train_rate is not None else config.second_epochs
+        warmup = epochs // 10
     num_classes, dtype, dial = run.source.task.num_classes, DTYPES[config.dtype], METHODS[config.method].dial
     optimizer, history = prepare_training(model, config, state)
     if processes.first and state is None:

@@ -36,7 +36,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(drop_path=1), "drop_path must be at least 0 and less than 1, not 1.0"),
     (dict(seed=2**31), "seed must be at least 0 and less than 2^31, not 2147483648"),
     (dict(rise=1), "rise must be at least 0 and less than 1, not 1.0"),
-    (dict(rise=0.5, method="tome", compile=True), "rise merges another number of tokens in each epoch, for each of which compile would compile again"),
+    (dict(any_rate=True, method="tome", compile=True), "rise and any_rate merge other numbers of tokens again and again, for each of which compile would"),
     (dict(rise=0.5, method="tome", keep="best", train_split="train800"), "keep best can't compare epochs that merge different numbers of tokens"),
     (dict(peft_scale=0), "peft_scale must be a finite number greater than 0, not 0.0"),
     (dict(layer_decay=0), "layer_decay must be greater than 0 and at most 1, not 0.0"),
@@ -110,7 +110,7 @@ def test_resolved_fills_in_the_backbones_defaults(monkeypatch):
         assert resolved.warmup == 5
         assert resolved.dtype == ("bfloat16" if config.has_fast_bfloat16("cpu") else "float32")
         assert [f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None] == [
-            "img_size", "lora_alpha", "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "micro_batch", "modulation_lr", "data_root"]
+            "img_size", "lora_alpha", "peft_dim", "peft_scale", "teacher", "teacher_weights", "second_epochs", "train_rate", "micro_batch", "modulation_lr", "data_root"]
         assert resolved.resolved() == resolved
     given = dict(weights="none", norm="none", lora_rank=5, batch_size=7, warmup=0, device="cpu", dtype="float32")
     resolved = Config(**given, method="plain").resolved()
@@ -193,7 +193,7 @@ OTHER = dict(
     eval_every=1, data_root="elsewhere", device="cuda", dtype="float32", compile=True, checkpoint=True,
     peft="full", second_epochs=1, micro_batch=4, layer_decay=0.5, augment="mae", keep="best", workers=1,
     img_size=112, lora_targets="qkv,fc2", lora_alpha=4.0, peft_dim=5, peft_scale=0.1, teacher="vit_small_patch16_224", teacher_weights="none",
-    rise=0.5,
+    rise=0.5, any_rate=True, train_rate="low",
 )  # a value for each field that isn't its default
 
 
@@ -289,6 +289,6 @@ def test_parse_refuses():
 
 
 def test_arguments_are_parsed_back():
-    every_field = Config(**OTHER | dict(peft="lora", augment="strong", teacher=None, teacher_weights=None, rise=0.0))  # go with other values only
+    every_field = Config(**OTHER | dict(peft="lora", augment="strong", teacher=None, teacher_weights=None, rise=0.0, any_rate=False))  # go with other values only
     for given in (Config(), Config(rise=0.5), Config(rate=[16] * 12, weights="none", s=2, lr=3e-4, compile=True, warmup=0, device="cpu"), every_field):
         assert parse(arguments(given)) == given

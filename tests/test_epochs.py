@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import random
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_training_equals_a_naive_loop(task, tmp_path):
 # Learning rates
 
 
-def test_lr_factor():
+def test_lr_factors():
     at = functools.partial(lr_factor, warmup=10, epochs=100)
     assert [at(e) for e in range(11)] == pytest.approx([(e + 1) / 11 for e in range(11)])
     assert at(10) == pytest.approx(1)
@@ -71,6 +72,8 @@ def test_lr_factor():
     factors = [at(e) for e in range(10, 100)]
     assert factors == sorted(factors, reverse=True)
     assert lr_factor(0, 0, 1) == 1
+    at = functools.partial(mae_lr_factor, warmup=5, epochs=100)
+    assert at(0) == 0 and at(2.5) == 0.5 and at(5) == 1 and at(52.5) == pytest.approx(0.5) and at(100) == pytest.approx(0)
 
 
 def test_merged_share():
@@ -101,9 +104,30 @@ def test_merging_that_rises(task, tmp_path, monkeypatch):
     assert len(calls) == 3 * (1 + 1 + 2 * 3)  # the check, the evaluation of epoch 1, two epochs of two steps and an evaluation
 
 
-def test_mae_lr_factor():
-    at = functools.partial(mae_lr_factor, warmup=5, epochs=100)
-    assert at(0) == 0 and at(2.5) == 0.5 and at(5) == 1 and at(52.5) == pytest.approx(0.5) and at(100) == pytest.approx(0)
+def test_one_adapter_for_every_rate(task, tmp_path, monkeypatch):
+    """any_rate: each step merges a random share of the pairs, resuming is bit for bit, and evaluation merges all. train_rate: the same adapter at another rate."""
+    config = Config(task=task, **{**SMALL, "method": "pyra_row", "epochs": 2, "eval_every": 1, "any_rate": True, "rate": [10, 6, 0]})
+    calls = spy(monkeypatch, pyra, "match")
+    trained_at = run(config, tmp_path, progress=False)
+    drawn = [random.Random(epoch * 1_000_003 + step).random() for epoch in range(2) for step in range(2)]
+    steps = [[round(share * r) for r in (10, 6)] for share in drawn]
+    merged = [[10, 6], *steps[:2], [10, 6], *steps[2:], [10, 6]]  # the check, then two steps and an evaluation per epoch
+    assert [args[1] for args, _ in calls] == [r for forward in merged for r in forward if r] and len({*map(tuple, steps)}) > 1
+    with interrupted_at(3):
+        run(config, tmp_path / "again", progress=False)
+    assert_same_run(run(config, tmp_path / "again", progress=False), trained_at)
+
+    other = dataclasses.replace(config, rate=[4, 0, 2], train_rate=config.rate)  # its last block merges, and its second doesn't
+    attached, before = run(other, tmp_path, progress=False), adapter(trained_at)
+    after = adapter(attached)
+    assert attached.history == [] and attached.macs > trained_at.macs and [b.reducer and b.reducer.r for b in load_run(attached).blocks] == [4, None, 2]
+    assert identical({k: v for k, v in after.items() if "blocks.2.reducer" not in k}, {k: v for k, v in before.items() if "blocks.1.reducer" not in k})
+    assert not after["blocks.2.reducer.w_d"].any()  # untrained: it merges as ToMe
+    assert run(dataclasses.replace(config, train_rate=config.rate), tmp_path, progress=False) == trained_at
+    with pytest.raises(ValueError, match="must be 'low', 'high' or a number greater than 1, not 'lwo'"):
+        Config(train_rate="lwo")
+    with pytest.warns(UserWarning, match="any_rate is left out: pyra can't merge other numbers of pairs than its own, which tome, tofu, "):
+        run(Config(task=task, **{**ONE_STEP, "method": "pyra", "any_rate": True}), tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("modulation_lr", [0.0, 5e-3])

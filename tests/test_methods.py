@@ -48,7 +48,7 @@ PEFT_CASES = {
 }
 CASES = [(method, "lora") for method in METHOD_CASES] + [("pyra", peft) for peft in PEFT_CASES if peft != "lora"]
 UNLIKE_DEFAULT = dict(rate=R, s=2, modulation_lr=0.5, lora_rank=3, lora_targets="fc1", lora_alpha=6.0, dropout=0.25, peft_dim=3, peft_scale=2.0, layer_decay=0.5,
-                      rise=0.5)
+                      rise=0.5, any_rate=True, train_rate="low")
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -170,8 +170,8 @@ class Recorder:
 
 @rows("method, peft", CASES)
 def test_a_row_uses_the_fields_that_it_reads(method, peft):
-    """Else a run would be trained with another value than its Config has. The rate is the budget's too, and three fields are the training's."""
-    c, elsewhere = small_config(method, peft).resolved(), {"rate", "rise", "modulation_lr", "layer_decay"}
+    """Else a run would be trained with another value than its Config has. The rate is the budget's too, and some fields are the training's."""
+    c, elsewhere = small_config(method, peft).resolved(), {"rate", "rise", "any_rate", "train_rate", "modulation_lr", "layer_decay"}
     by_method, by_peft = Recorder(c), Recorder(c)
     model = PEFTS[peft].add(tiny(), by_peft)
     METHODS[method].add(tiny() if METHODS[method].before_peft else model, by_method, METHOD_CASES[method].get("plan"))
@@ -277,10 +277,10 @@ BROKEN = [  # table, name, row, what the sentence says
     (METHODS, "shift", shifting(torch.nn.Identity), r"the Identity of Shift needs a method tokens_after\(n\): see pyra.Block$"),
     (METHODS, "shift", shifting(Miscounted), r"block 0: tokens_after\(37\) of its Miscounted says 36 tokens, and 37 are left$"),
     (METHODS, "shift", shifting(Unwritable), "the settings of Shift's Unwritable must be JSON: Object of type Parameter is not JSON serializable$"),
-    (METHODS, "shift", shifting(uses=frozenset({"ratio"})), "Shift uses ratio: uses may name dropout, layer_decay, .*, s$"),
+    (METHODS, "shift", shifting(uses=frozenset({"ratio"})), "Shift uses ratio: uses may name any_rate, dropout, layer_decay, .*, s, train_rate$"),
     (METHODS, "lost", Method("Lost", "forgets to return", lambda model, c, plan: None), "add of Lost must return the model, not None$"),
     (PEFTS, "lost", Peft("Lost", "forgets to return", lambda model, c: None), "add of Lost must return the model, not None$"),
-    (PEFTS, "none", Peft("None", "does nothing", lambda model, c: model, frozenset({"width"})), "None uses width: uses may name dropout, .*, s$"),
+    (PEFTS, "none", Peft("None", "does nothing", lambda model, c: model, frozenset({"width"})), "None uses width: uses may name any_rate, dropout, .*, s, train_rate$"),
     (evaluation.METRICS, "mean", lambda logits, labels: 1 / 0, "metric mean gives no number or list of numbers: ZeroDivisionError"),
     (evaluation.METRICS, "mean", lambda logits, labels: logits.mean(), "metric mean gives no number or list of numbers: TypeError: Object of type Tensor"),
     (evaluation.METRICS, "seed", lambda logits, labels: 0.5, "a metric can't be called seed: a run's record has that name already$"),

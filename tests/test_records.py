@@ -78,6 +78,7 @@ def test_best_and_last_accuracy_are_told_apart(task, tmp_path, monkeypatch):
     best = dataclasses.replace(result, config={**result.config, "keep": "best"}, best_epoch=0)
     assert records.kept_epoch(best) == "epoch 1 of 2, the best on val200"
     assert records.kept_epoch(dataclasses.replace(best, history=[], best_epoch=-1)) == "the first stage's weights"
+    assert records.kept_epoch(dataclasses.replace(result, config={**result.config, "train_rate": "high"}, history=[])) == "the weights trained at rate high"
 
 
 def test_finished_run_is_found_not_repeated(tmp_path, monkeypatch):
