@@ -39,24 +39,29 @@ NOTE = f"{USER_ERROR}note: "  # starts a warning, after which a run goes on
 # ---- Lists of configs ------------------------------------------------------------------------------------------------
 
 
+def read_line(line):
+    """JSON of the fields that differ from the default -> Config. Raises ValueError."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError("a config is a JSON object, {\"task\": \"dtd\"}")
+    if unknown := sorted(values.keys() - {f.name for f in dataclasses.fields(Config)}):
+        raise ValueError(f"a config has no field {unknown[0]!r}")
+    return Config(**values)
+
+
 def read_grid(file):
     """A file with one config per line, JSON of the fields that differ from the default: {"task": "dtd", "method": "tome"} -> Configs.
 
     Raises ValueError that names the line.
     """
-    configs, known = [], {f.name for f in dataclasses.fields(Config)}
+    configs = []
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    values = None
-                if not isinstance(values, dict):
-                    raise ValueError("a config is a JSON object, {\"task\": \"dtd\"}")
-                if unknown := sorted(values.keys() - known):
-                    raise ValueError(f"a config has no field {unknown[0]!r}")
-                configs.append(Config(**values))
+                configs.append(read_line(line))
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {files.first_line(error)}") from error
     if not configs:
