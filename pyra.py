@@ -93,7 +93,7 @@ def solve_schedule(depth, tokens=196, remaining=4, flops_ratio=3.4):
     """Eq. (1) of the supplement, as printed: r^l = floor((g(l-1) - g(l)) (T - t)), g(x) = (1 - x/L)^(F/f - 1).
 
     depth: L, blocks. tokens: T, patches at the start (special tokens not counted). remaining: t, patches after the last
-    block. flops_ratio: F/f, which the MACs meet to a few per cent; 2 gives a constant schedule. Returns L ints. Raises ValueError."""
+    block. flops_ratio: F/f, which the MACs meet to a few per cent up to 4; 2 gives a constant schedule. Returns L ints. Raises ValueError."""
     depth, tokens, remaining = check_integer("depth", depth), check_integer("tokens", tokens), check_integer("remaining", remaining, least=0)
     require(remaining < tokens, f"remaining ({remaining}) must be less than tokens ({tokens})")
     exponent = check_flops_ratio(flops_ratio) - 1

@@ -44,12 +44,12 @@ class Data(NamedTuple):
     """The images of a run, ready for the device."""
 
     n: int  # training images
-    evaluated: int  # images to evaluate on
+    n_evaluated: int  # images to evaluate on
     train: Callable  # (seed, chunks of indices) -> batches of (normalised images, labels, the teacher's logits or None)
-    test: Callable  # (rank, world) -> this process's batches of the images to evaluate on
+    evaluation: Callable  # (rank, world) -> this process's batches of the images to evaluate on
     sample: Callable  # () -> a few training images, as when evaluating, to calibrate a budget on
-    validate: Callable | None = None  # as test, of val200, where the epoch to keep is chosen on it
-    selected: int = 0  # images of val200 then
+    selection: Callable | None = None  # the same of val200, where the epoch to keep is chosen on it
+    n_selected: int = 0  # images of val200 then
 
 
 def held_in_memory(load, config, img_size, device, teacher_logits=None):
@@ -80,13 +80,13 @@ def held_in_memory(load, config, img_size, device, teacher_logits=None):
     if config.keep != "best":
         return data
     val_images, val_labels = load("val200", img_size)
-    return data._replace(validate=share_of(val_images, val_labels), selected=len(val_labels))
+    return data._replace(selection=share_of(val_images, val_labels), n_selected=len(val_labels))
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
 
 
-class Reported(torch.utils.data.Dataset):
+class ErrorsAsValues(torch.utils.data.Dataset):
     """Images, and where one can't be read the error as a value: raised in a worker process, it would arrive as that process's traceback."""
 
     def __init__(self, images):
@@ -100,7 +100,7 @@ class Reported(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """A batch of items of Reported as a DataLoader makes it, or the first error among them."""
+    """A batch of items of ErrorsAsValues as a DataLoader makes it, or the first error among them."""
     return next((item for item in items if isinstance(item, Exception)), None) or torch.utils.data.default_collate(items)
 
 
@@ -112,7 +112,7 @@ def streamed(task, config, img_size, device):
     test_images = tasks.stream_split(task, config.eval_split, transform)
 
     def read(dataset, chunks):
-        loader = torch.utils.data.DataLoader(Reported(dataset), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=config.workers,
+        loader = torch.utils.data.DataLoader(ErrorsAsValues(dataset), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=config.workers,
                                              collate_fn=collate, pin_memory=device.type == "cuda")
         for batch in loader:
             if isinstance(batch, Exception):
@@ -123,11 +123,11 @@ def streamed(task, config, img_size, device):
     def train(seed, chunks):
         return ((x, y, None) for x, y in read(Seeded(images, seed), chunks))
 
-    def test(rank, world):
+    def evaluation(rank, world):
         mine = torch.arange(len(test_images))[rank::world]
         return read(test_images, mine.split(128) if len(mine) else ())
 
     def sample():
         return next(read(tasks.stream_split(task, config.train_split, transform), [sample_indices(len(images))]))[0]
 
-    return Data(len(images), len(test_images), train, test, sample)
+    return Data(len(images), len(test_images), train, evaluation, sample)

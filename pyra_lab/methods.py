@@ -25,7 +25,7 @@ from pyra_lab.pefts import adapter, convpass, fact, snf
 from pyra_lab.reducers import ats, diffrate, dtem, evit, fpet, ltmp, one_row, pitome, tofu
 
 RATE = frozenset({"rate"})
-ANY_NUMBER = RATE | {"rise", "any_rate", "train_rate"}  # its reducers merge r pairs, whatever r is set to: see epochs.set_share
+ANY_NUMBER_OF_PAIRS = RATE | {"rise", "any_rate", "train_rate"}  # its reducers merge r pairs, whatever r is set to: see epochs.set_share
 
 
 class Method(NamedTuple):
@@ -83,18 +83,18 @@ def add_modulation(model, config, plan):
 
 METHODS = {
     "plain": Method("plain", "no reduction: the PEFT alone", lambda model, config, plan: model, frozenset()),
-    "tome": Method("ToMe", "merges similar tokens", add_merging, ANY_NUMBER, second_stage=True),
+    "tome": Method("ToMe", "merges similar tokens", add_merging, ANY_NUMBER_OF_PAIRS, second_stage=True),
     "pyra": Method("PYRA", "merges similar tokens with modulation", add_modulation, RATE | {"s", "modulation_lr"}, second_stage=True),
     "evit": Method("EViT", "keeps what the class token attends to", evit.add, second_stage=True),
-    "tofu": Method("ToFu", "prunes early, merges late", tofu.add, ANY_NUMBER, second_stage=True),
+    "tofu": Method("ToFu", "prunes early, merges late", tofu.add, ANY_NUMBER_OF_PAIRS, second_stage=True),
     "ats": Method("ATS", "samples tokens, image by image", ats.add, plan=ats.plan, dial=ats.dial),
     "ltmp": Method("LTMP", "learns thresholds to merge and prune by, image by image", ltmp.add, dial=ltmp.dial),
     "diffrate": Method("DiffRate", "learns how many tokens each block prunes and merges", diffrate.add, plan=diffrate.plan),
     "rap": Method("RaP", "prunes channels, chosen on val200", pruning.add, plan=pruning.plan, before_peft=True, in_memory=True),
-    "pyra_row": Method("PYRA-row", "PYRA whose pairs share one row of W_r", one_row.add, ANY_NUMBER | {"s", "modulation_lr"}, second_stage=True),
+    "pyra_row": Method("PYRA-row", "PYRA whose pairs share one row of W_r", one_row.add, ANY_NUMBER_OF_PAIRS | {"s", "modulation_lr"}, second_stage=True),
     "fpet": Method("FPET", "merges half of the patches, a few times, with a learned matching", fpet.add, second_stage=True),
-    "pitome": Method("PiToMe", "merges where tokens are crowded, by energy", pitome.add, ANY_NUMBER, second_stage=True),
-    "dtem": Method("DTEM", "merges similar tokens by a learned metric", dtem.add, ANY_NUMBER, second_stage=True),
+    "pitome": Method("PiToMe", "merges where tokens are crowded, by energy", pitome.add, ANY_NUMBER_OF_PAIRS, second_stage=True),
+    "dtem": Method("DTEM", "merges similar tokens by a learned metric", dtem.add, ANY_NUMBER_OF_PAIRS, second_stage=True),
 }
 
 

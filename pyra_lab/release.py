@@ -66,7 +66,7 @@ def mistakes(result, names, most=3):
     """The classes that are taken for each other most often, as text; "–" where the record has no confusion matrix, or there are none."""
     matrix = result.metrics.get("confusion_matrix") or []
     pairs = sorted(((count, i, j) for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j and count), key=lambda pair: -pair[0])
-    return ", ".join(f"{names[i]} for {names[j]} ({count})" for count, i, j in pairs[:most]) or "–"
+    return ", ".join(f"{names[i]} taken for {names[j]} ({count})" for count, i, j in pairs[:most]) or "–"
 
 
 def front_matter(config, metrics, name):
@@ -119,9 +119,9 @@ def card(result, name=None, measured=(), weights=None, formats=FORMATS):
         "input": f"RGB, {size} x {size}, upright, on white where transparent, "
                  + ("the centre of 8/7 of that size" if config.task.startswith("stream:") else "resized straight to a square") + ", bicubic; "
                  f"mean {', '.join(map(str, norm[0]))}, std {', '.join(map(str, norm[1]))}, which is inside the ONNX files",
-        f"on {split}": f"{', '.join(scores)}; {kept_epoch(result)}, seed {config.seed}; in {config.dtype}, of which a few answers differ in others",
+        f"on {split}": f"{', '.join(scores)}; {kept_epoch(result)}, seed {config.seed}; measured in {config.dtype}: in other number types a few answers differ",
         "weakest classes": ", ".join(f"{names[i]} ({value:.0%})" for value, i in worst) or "–",
-        "taken for another": mistakes(result, names),
+        "most frequent mistakes": mistakes(result, names),
         "versions": ", ".join(f"{key} {value}" for key, value in result.versions.items()),
     }
     command = shlex.join(["python", "-m", "pyra_lab", "run", *arguments(config)])

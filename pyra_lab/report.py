@@ -223,9 +223,9 @@ def dots(rows):
     figure, axes = plt.subplots(1, len(tasks), figsize=(1.5 + 2.4 * len(tasks), 0.9 + 0.2 * len(labels)), sharey=True, squeeze=False)
     for ax, task in zip(axes[0], tasks):
         for row in (row for row in rows if row["task"] == task):
-            (mean, std, n), ink, marker = row["accuracy"], colour(row["method"]), markers.get(row["group"], "o")
+            (mean, std, n), ink, marker = row["accuracy"], colour(row["method"]), markers.get(row["group"], "D" if markers else "o")
             bar = dict(xerr=std, capsize=2) if n > 1 else {}
-            ax.errorbar(mean, list(labels).index(row["label"]), fmt=marker, color=ink, markerfacecolor=ink if marker == "o" else "white", **bar)
+            ax.errorbar(mean, list(labels).index(row["label"]), fmt=marker, color=ink, markerfacecolor=ink if marker in "oD" else "white", **bar)
         low, high = ax.get_xlim()
         room = max(0, 10 - (high - low)) / 2  # at least 10 points, so that a small difference looks small
         ax.set(title=task, xlabel="accuracy, %", xlim=(low - room, high + room))
@@ -354,7 +354,7 @@ def merged_tokens(model, images, norm, titles, blocks):
     for column, block in zip(axes.T[1:], blocks):
         for ax, image, held in zip(column, pixels, held_patches(model, images, norm, block)):
             ax.imshow(fill_tokens(image, held, model.patch_size))
-            ax.set_title(f"{len(held[held >= 0].unique())} tokens")  # -1: a patch that was pruned
+            ax.set_title(f"{len(held[held >= 0].unique())} groups")  # -1: a patch that was pruned
     for ax, text in zip(axes[0], ["input", *(f"after block {block}" for block in blocks)]):
         ax.set_title(f"{text}\n{ax.get_title()}".strip())
     for ax in axes.flat:

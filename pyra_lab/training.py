@@ -38,7 +38,7 @@ from pyra_lab.scalars import open_scalars
 # ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
 
 
-def first_stage(config):
+def starting_run(config):
     """The run whose trained parameters a config's run starts from: at train_rate, or of two stages the first, without merging. None: it has none."""
     if config.train_rate not in (None, config.rate) and "train_rate" in METHODS[config.method].uses:
         return dataclasses.replace(config, rate=config.train_rate, train_rate=None)
@@ -57,7 +57,7 @@ def teacher_run(config):
 
 def prerequisites(config):
     """The runs that a config's run starts from."""
-    return [*filter(None, [first_stage(config)]), *([teacher_run(config)] if config.teacher else [])]
+    return [*filter(None, [starting_run(config)]), *([teacher_run(config)] if config.teacher else [])]
 
 
 def start_from(model, result):
@@ -169,12 +169,12 @@ def warn_of_norm(config):
 
 
 def warn_of_unused(config):
-    """Warns where a merging method can't do what is asked of its numbers of pairs. Other fields that don't matter are left out as a rule: see Config.resolved."""
+    """Warns of a field about numbers of pairs that a method which merges, or drops, tokens doesn't know. Others that don't matter need no word."""
     method = METHODS[config.method]
-    for name in sorted(methods.ANY_NUMBER - methods.RATE - method.uses if "rate" in method.uses else ()):
+    for name in sorted(methods.ANY_NUMBER_OF_PAIRS - methods.RATE - method.uses if "rate" in method.uses else ()):
         if getattr(config, name):
             can = ", ".join(other for other, row in METHODS.items() if name in row.uses)
-            warnings.warn(f"{name} is left out: {config.method} can't merge other numbers of pairs than its own, which {can} can", stacklevel=3)
+            warnings.warn(f"{name} is ignored: {config.method} merges fixed numbers of tokens; {can} can merge any number", stacklevel=3)
 
 
 def warn_of_overlap(config):
@@ -206,11 +206,11 @@ def check_images(config, folder, source=None):
 
 
 def log_counts(config, data):
-    """Logs how many images a run trains, selects and tests on."""
+    """Logs the backbone of a run, and how many images it trains, selects and tests on."""
     use = {"test": "test on", "val200": "select on"}.get(config.eval_split, f"evaluate on ({config.eval_split})")
-    counts = {"train on": data.n, **({"select on": data.selected} if data.selected else {}), use: data.evaluated}
+    counts = {"train on": data.n, **({"select on": data.n_selected} if data.n_selected else {}), use: data.n_evaluated}
     (first, n), *others = counts.items()
-    logger.info(", ".join([f"{n:,} images to {first}", *(f"{n:,} to {use}" for use, n in others)]))
+    logger.info(f"{config.backbone}, {image_size(config)} pixels: " + ", ".join([f"{n:,} images to {first}", *(f"{n:,} to {use}" for use, n in others)]))
 
 
 def run(config, runs=None, progress=True, data=None):
@@ -249,7 +249,7 @@ def run_source(config, source, runs, progress):
     budget.check_counts(model)
 
     teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
-    stage_one = run_source(first_stage(config), source, runs, progress) if first_stage(config) else None
+    stage_one = run_source(starting_run(config), source, runs, progress) if starting_run(config) else None
     if source.task.group == "Stream":
         data = batches.streamed(source.task, config, image_size(config), device)
     else:
@@ -318,7 +318,7 @@ def finish(run, model, plan, state):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     config, folder, data, processes = run.config, run.folder, run.data, run.processes
     epochs, warmup = config.epochs, config.warmup
-    if first_stage(config):
+    if starting_run(config):
         epochs = 0 if config.train_rate is not None else config.second_epochs
         warmup = epochs // 10
     num_classes, dtype, dial = run.source.task.num_classes, DTYPES[config.dtype], METHODS[config.method].dial
@@ -335,17 +335,17 @@ def finish(run, model, plan, state):
         for entry in train(model, optimizer, config, data, num_classes, epochs, warmup, len(history), processes, run.progress, unevaluated):
             check_loss(entry, folder)
             history.append(entry)
-            last, every = entry["epoch"] + 1 == epochs, config.eval_every or int(data.validate is not None)
+            last, every = entry["epoch"] + 1 == epochs, config.eval_every or int(data.selection is not None)
             if last or every and (entry["epoch"] + 1) % every == 0:
                 if processes.first and entry is not unevaluated:  # an image that can't be read must not cost the epoch
                     save_state(folder, model, optimizer, history, plan, best, evaluated=False)
                 if last and dial is not None:  # training only approximates the budget, and shifts what is sampled or found similar
                     plan = budget.calibrate(dial(model, config), model, config, data.sample(), dtype, processes.broadcast)
-                if data.validate is not None:
-                    entry["val_accuracy"] = evaluate(model, data.validate(processes.rank, processes.world), dtype, processes)["accuracy"]
+                if data.selection is not None:
+                    entry["val_accuracy"] = evaluate(model, data.selection(processes.rank, processes.world), dtype, processes)["accuracy"]
                     best = better_of(best, model, entry)
                 else:
-                    metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
+                    metrics = evaluate(model, data.evaluation(processes.rank, processes.world), dtype, processes)
                     entry |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             if processes.first:
                 save_state(folder, model, optimizer, history, plan, best)
@@ -357,7 +357,7 @@ def finish(run, model, plan, state):
     if best is not None:
         load_trained(model, best["model"])
     if metrics is None:  # all epochs were done before, or a second stage has none, or the weights are not the last epoch's
-        metrics = evaluate(model, data.test(processes.rank, processes.world), dtype, processes)
+        metrics = evaluate(model, data.evaluation(processes.rank, processes.world), dtype, processes)
     result = summarise(run, model, plan, history, metrics, best["epoch"] if best else -1)
     if processes.first:
         pyra.save_adapter(model, folder / "adapter.safetensors")
@@ -374,7 +374,7 @@ def summarise(run, model, plan, history, metrics, kept=-1):
     if method.dial is not None:  # before its last epoch it was not held to the budget
         evaluated = evaluated[-1:]
     best = max(evaluated, key=lambda entry: entry["accuracy"])
-    counts = budget.count_tokens(model, (x for x, _ in run.data.test(processes.rank, processes.world)), DTYPES[config.dtype])
+    counts = budget.count_tokens(model, (x for x, _ in run.data.evaluation(processes.rank, processes.world)), DTYPES[config.dtype])
     counts = (processes.gather(counts.T).T if budget.depends_on_image(model) else counts).cpu().double()
     means = counts.mean(dim=1).tolist()
     reduced = budget.mean_macs(model, counts)

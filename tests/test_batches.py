@@ -88,8 +88,8 @@ def test_a_damaged_image_of_a_stream_is_named(tmp_path, workers):
     assert str(caught.value).startswith(f"{tmp_path}/images/train/green/3.png is not an image that can be read: ") and "\n" not in str(caught.value)
     config = Config(task=name, **{**FULL, "workers": workers})
     data = batches.streamed(find_task(name), config.resolved(), 24, torch.device("cpu"))
-    shares = [[len(y) for _, y in data.test(rank, 32)] for rank in range(32)]  # more processes than images: some have none
-    assert sorted(shares) == [[]] * (32 - data.evaluated) + [[1]] * data.evaluated
+    shares = [[len(y) for _, y in data.evaluation(rank, 32)] for rank in range(32)]  # more processes than images: some have none
+    assert sorted(shares) == [[]] * (32 - data.n_evaluated) + [[1]] * data.n_evaluated
 
 
 def test_augmentation_depends_on_seed_and_index_alone():

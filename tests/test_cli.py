@@ -33,7 +33,7 @@ def test_a_run_is_recorded(task, tmp_path, monkeypatch):
     shown = re.fullmatch(r"accuracy on val200: (\d\.\d{4}), epoch 1 of 1; record in (.+)\n"
                          r"next: python -m pyra_lab predict (.+) images/ --out predictions.csv\n      python -m pyra_lab export (.+) folder\n", done.stdout)
     assert done.stderr.splitlines() == ["pyra_lab: note: eval_split val200 is of images that train_split train800val200 trains on: to select on val200, train on train800",
-                                        "21 images to train on, 3 to select on"]
+                                        "vit_nano_patch4_56, 56 pixels: 21 images to train on, 3 to select on"]
     config = parse(argv)
     assert shown[3] == shown[4] == config.id()
     monkeypatch.setattr(training, "build_model", forbidden)  # the record that the other process made is found in this one
@@ -71,7 +71,7 @@ def test_what_a_run_says(task, tmp_path, monkeypatch, capsys):
         cli.entry()
     assert not left.value.code
     shown = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # without bars
-    assert shown == ["pyra_lab: note: of two lines", "18 images to train on, 3 to select on, 24 to test on"]
+    assert shown == ["pyra_lab: note: of two lines", "vit_nano_patch4_56, 56 pixels: 18 images to train on, 3 to select on, 24 to test on"]
     assert not logging.getLogger("pyra_lab").handlers
     with pytest.raises(SystemExit) as left:
         cli.entry()

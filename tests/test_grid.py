@@ -99,7 +99,7 @@ def test_each_run_once_and_first_stages_first(stub, tmp_path):
     started = stub(configs + configs)
     results = grid.run_grid(configs + configs, 3, tmp_path / "runs", progress=False)
     assert len(results) == 8 and None not in results
-    assert len(started()) == 5 and started()[0][0] == training.first_stage(configs[0]).id()
+    assert len(started()) == 5 and started()[0][0] == training.starting_run(configs[0]).id()
 
 
 def test_what_starts_from_a_failed_run_is_not_tried(stub, tmp_path, capfd):
@@ -336,7 +336,7 @@ def test_slurm_script(sbatch, tmp_path, monkeypatch):
         f'#SBATCH --output="{here}/runs/logs/%x-%A_%a.log"', "#SBATCH --open-mode=append", "#SBATCH --requeue"]
     assert any(line.startswith("export ") and "'PYRA_DATA=/a b/data'" in line for line in lines)
     assert (here / "runs" / "logs").is_dir()
-    assert [sbatch(script, i) for i in range(4)] == [[c] for c in [training.first_stage(configs[2]), *configs]]
+    assert [sbatch(script, i) for i in range(4)] == [[c] for c in [training.starting_run(configs[2]), *configs]]
 
 
 def test_slurm_array_longer_than_slurm_allows(sbatch, tmp_path):

@@ -210,7 +210,7 @@ def test_merged_tokens_fills_each_token_with_its_mean_colour(canvas):
     model = add_tofu(tiny(), [12, 8, 4])  # pruned patches are no token
     with torch.no_grad():
         report.merged_tokens(model, torch.zeros(1, 3, 24, 24, dtype=torch.uint8), "half", ["one"], blocks=[3])
-    assert canvas.gcf().axes[1].get_title() == f"after block 3\n{36 - 12 - 8 - 4} tokens"
+    assert canvas.gcf().axes[1].get_title() == f"after block 3\n{36 - 12 - 8 - 4} groups"
 
 
 # ---- What was measured ------------------------------------------------------------------------------------------------

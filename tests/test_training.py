@@ -30,7 +30,7 @@ from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, count_trained
 from pyra_lab.pefts.shared import peft_macs
 from pyra_lab.tasks import load_split
-from pyra_lab.training import first_stage, prerequisites, teacher_run
+from pyra_lab.training import starting_run, prerequisites, teacher_run
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -200,7 +200,7 @@ def test_second_stage_starts_where_the_first_ends(finished):
 def test_first_stage_is_trained_where_there_is_no_record(task, tmp_path):
     config = Config(task=task, **{**ONE_STEP, "second_epochs": 1})
     run(config, tmp_path, progress=False)
-    assert {folder.name for folder in tmp_path.iterdir()} == {config.id(), first_stage(config).id()}
+    assert {folder.name for folder in tmp_path.iterdir()} == {config.id(), starting_run(config).id()}
 
 
 def test_prerequisites():
@@ -212,7 +212,7 @@ def test_prerequisites():
               dataclasses.replace(config, peft="snf", peft_dim=3)]
     assert {teacher_run(other).id() for other in others} == {teacher.id()}
     order = list(with_prerequisites([config, *others]))
-    assert order.index(teacher.id()) < order.index(first_stage(others[0]).id())
+    assert order.index(teacher.id()) < order.index(starting_run(others[0]).id())
     taught = teacher_run(Config(teacher="vit_base_patch16_224"))  # its id is that of the machine that trains it
     assert (taught.device, taught.dtype) == (None, None)
     assert teacher_run(dataclasses.replace(config, micro_batch=4)).micro_batch == 4  # the larger model needs it first
