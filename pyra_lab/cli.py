@@ -147,11 +147,12 @@ def predict_command(argv):
     parser.add_argument("--weights", help="the backbone's weights, if they have moved since the run: a file or a name on the hub")
     args = parser.parse_args(argv)
     images = args.images if len(args.images) > 1 else args.images[0]
+    if args.out:
+        serving.check_out(args.out)
     rows = prediction.predict(args.model, images, args.top, args.batch_size, args.device, args.weights)
     if args.out is None:
         return serving.write_csv(rows, sys.stdout)
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
-        serving.write_csv(rows, file)
+    serving.save_csv(rows, args.out)
     unread = sum(row.error is not None for row in rows)
     print(f"{len(rows):,} images in {args.out}" + (f", {unread:,} of which can't be read: the column error says why" if unread else ""))
 

@@ -7,6 +7,7 @@ share a folder: a file lock makes sure that each run is done once. Rows that wer
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -27,9 +28,9 @@ from tqdm.auto import tqdm
 import pyra
 from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
+from pyra_lab.preparation import check_folder, check_model, check_run, find_source, prerequisites, warn_of, with_prerequisites
 from pyra_lab.records import read_result, runs_folder
 from pyra_lab.tasks import UnknownTask
-from pyra_lab.training import check_images, check_run, find_source, prerequisites
 
 WORKER = [sys.executable, "-m", "pyra_lab", "run"]  # followed by a config's arguments
 USER_ERROR = "pyra_lab: "  # starts the last line of a run's log where repeating the run would fail in the same way
@@ -58,7 +59,7 @@ def read_grid(file):
     Raises ValueError that names the line.
     """
     configs = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), 1):
         if line.strip():
             try:
                 configs.append(read_line(line))
@@ -81,12 +82,6 @@ def check_listing(device, dtype):
     if not torch.cuda.is_available() and (device is None or dtype is None and device != "cpu"):
         raise ValueError("this machine has no GPU: pass -p device cuda -p dtype bfloat16 (or float32), since records are found by them; "
                          "or -p device cpu, if the runs are to be done on CPUs like this machine's")
-
-
-def with_prerequisites(configs):
-    """{id: config} of each config once, preceded by all the runs that any of them starts from."""
-    first = [other for config in configs for other in prerequisites(config)]
-    return {**(with_prerequisites(first) if first else {}), **{config.id(): config for config in configs}}
 
 
 # ---- What a process needs to know ------------------------------------------------------------------------------------
@@ -173,17 +168,17 @@ class Grid:
         tqdm.write(f"failed: {name}: {why}" + (f"; its log: {self.log(name)}" if self.log(name).is_file() else ""), file=sys.stderr)
 
 
-def prepare_grid(configs, runs):
-    """The Grid of the configs before anything runs; what check_run refuses has failed already."""
+def prepare_grid(configs, runs, find=find_source):
+    """The Grid of the configs before anything runs; what check_run refuses has failed already. find: (config) -> its Source."""
     grid = Grid(runs, {}, {}, [], {}, Counter(), {})
     for name, config in {config.id(): config for config in configs}.items():
         try:
             if not grid.done(name):
-                check_run(config.resolved())
+                check_run(config, find(config.resolved()))
         except (ValueError, OSError) as error:
             grid.fail(name, files.first_line(error))
-    grid.todo = with_prerequisites([config for config in configs if config.id() not in grid.failed])
-    grid.needs = {name: [first.id() for first in prerequisites(config)] for name, config in grid.todo.items()}
+    grid.todo = with_prerequisites([config for config in configs if config.id() not in grid.failed], grid.done)
+    grid.needs = {name: [first.id() for first in prerequisites(config)] for name, config in grid.todo.items() if not grid.done(name)}
     grid.waiting = [name for name in grid.todo if not grid.done(name)]
     return grid
 
@@ -313,12 +308,15 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     """
     configs, runs = list(configs), runs_folder(runs)
     environments = slot_environments(workers, runs)
-    grid = prepare_grid(configs, runs)
+    look_up = functools.cache(lambda task, root: find_source(Config(task=task, data_root=root)))  # once: a task may list a hundred thousand files
+    find = lambda config: look_up(config.task, config.data_root)
+    warn_of(configs)
+    grid = prepare_grid(configs, runs, find)
     work_off(grid, environments, progress)
     results = []
     for config in configs:
         try:
-            check_images(config, runs / config.id())
+            check_folder(config.resolved(), runs / config.id(), find)
             results.append(read_result(runs / config.id()))
         except ValueError as error:
             grid.fail(config.id(), files.first_line(error))
@@ -329,16 +327,20 @@ def run_grid(configs, workers=None, runs=None, progress=True):
 # ---- On a cluster ----------------------------------------------------------------------------------------------------
 
 
-def check_tasks(configs):
-    """Looks up each config's task. Raises ValueError, as for a misspelt name; warns of folders that this machine, which may only submit, lacks."""
-    missing = []
-    for config in {(config.task, config.data_root): config for config in configs}.values():
-        try:
-            find_source(config)
-        except UnknownTask:
-            raise
-        except FileNotFoundError as error:
-            missing.append(files.first_line(error))
+def check_listed(configs):
+    """Checks configs that another machine is to run, which may have what this one lacks. Raises ValueError; warns of tasks whose folders aren't here."""
+    classes, missing = {}, []  # {(task, root): number of classes}, or any number
+    for config in {dataclasses.replace(config, seed=0).id(): config for config in with_prerequisites(configs).values()}.values():
+        key = config.task, config.data_root
+        if key not in classes:
+            try:
+                classes[key] = find_source(config).task.num_classes
+            except UnknownTask:
+                raise
+            except FileNotFoundError as error:
+                classes[key] = 2
+                missing.append(files.first_line(error))
+        check_model(config.resolved(), classes[key])
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         warnings.warn(f"{missing[0]}{more}: the machines that do the runs need it", stacklevel=3)
@@ -353,8 +355,10 @@ def write_slurm(configs, file, runs=None, max_running=None):
     configs, runs = list(configs), runs_folder(runs)
     if not configs:
         raise ValueError("there are no configs: a Slurm array needs at least one run")
-    check_tasks(configs)
-    lines = [shlex.join(arguments(config) or [f"--task={config.task}"]) for config in with_prerequisites(configs).values()]
+    warn_of(configs)
+    check_listed(configs)
+    done = lambda name: (runs / name / "result.json").is_file()
+    lines = [shlex.join(arguments(config) or [f"--task={config.task}"]) for config in with_prerequisites(configs, done).values()]
     count = min(len(lines), 1000)  # Slurm's default limit is 1001: in a longer list a task does every thousandth run
     (runs / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its logs
     exports = worker_environment(runs) | {name: os.environ[name] for name in ("PYRA_DATA", "PYRA_CACHE") if os.environ.get(name)}
@@ -370,7 +374,8 @@ def write_slurm(configs, file, runs=None, max_running=None):
 # Pass what your site asks for to sbatch, e.g.: {submit}
 cd {shlex.quote(os.getcwd())}
 {shlex.join(["export", *(f"{name}={value}" for name, value in exports.items())])}
-awk -v task="$SLURM_ARRAY_TASK_ID" '(NR - 1) % {count} == task' <<'END' | xargs -L 1 {shlex.join(WORKER)}
+test -n "$SLURM_ARRAY_TASK_ID" || {{ echo "submit this script: $(basename "$0") is an array of sbatch" >&2; exit 1; }}
+awk -v task="$SLURM_ARRAY_TASK_ID" '(NR - 1) % {count} == task' <<'END' | xargs -r -L 1 {shlex.join(WORKER)}
 """
     files.write_atomically(Path(file), lambda partial: partial.write_text(script + "\n".join(lines) + "\nEND\n", encoding="utf-8"))
     return submit

@@ -3,8 +3,8 @@
     python http_server.py model.int8.onnx --port 8000 --host 127.0.0.1
     curl --data-binary @photo.jpg http://127.0.0.1:8000/
 
-A POST of an image's bytes answers {"classes": [...], "probabilities": [...]}, the most probable first; GET says what the classes are and how
-to ask; whatever can't be answered has a status of 400 or more, and {"error": the reason}. All answers are JSON.
+A POST of an image's bytes answers {"classes": [...], "probabilities": [...]}, the most probable first; GET, and HEAD without a body, says what the classes are
+and how to ask; whatever can't be answered has a status of 400 or more, and {"error": the reason}. All answers are JSON.
 """
 
 import argparse
@@ -34,7 +34,14 @@ def make_handler(model):
             if status >= 400:  # what was sent may not have been read: it must not be taken for the next request
                 self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def send_error(self, code, message=None, explain=None):  # for what the standard library refuses by itself, as HTML
+            self.reply(code, {"error": message or self.responses[code][0]})
+
+        def do_HEAD(self):
+            self.do_GET()
 
         def do_GET(self):
             self.reply(200, {"usage": f"{ASK} http://{self.headers.get('Host', 'this.address')}/", "classes": model.classes})

@@ -19,13 +19,14 @@ import pyra
 from pyra_lab import deploy, files, report, serving, tasks
 from pyra_lab.backbones import SHIPPED
 from pyra_lab.batches import sample_indices
-from pyra_lab.config import arguments
+from pyra_lab.config import Config, arguments, changed
 from pyra_lab.devices import has_fast_bfloat16
 from pyra_lab.images import NORMS, normalize
 from pyra_lab.methods import fold
+from pyra_lab.preparation import find_source, image_size
 from pyra_lab.records import complete, kept_epoch, read_result
 from pyra_lab.speed import summarise_rounds, time_interleaved
-from pyra_lab.training import config_of, find_source, image_size, load_run
+from pyra_lab.training import config_of, load_run
 
 EXPORTED = {"float32": "model.onnx", "int8": "model.int8.onnx"}  # format -> exported file
 FORMATS = tuple(EXPORTED)
@@ -125,6 +126,8 @@ def card(result, name=None, measured=(), weights=None, formats=FORMATS):
         "versions": ", ".join(f"{key} {value}" for key, value in result.versions.items()),
     }
     command = shlex.join(["python", "-m", "pyra_lab", "run", *arguments(config)])
+    if config.task.startswith("data:"):  # not a task that a command can name
+        command = f"from pyra_lab import Config, run\nrun(Config(**{changed(dataclasses.replace(config, task=Config.task))}), data=(train, test))"
     return f"""{front_matter(config, metrics, name or task)}
 
 # {name or task}
@@ -192,9 +195,12 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
         deploy.check_export(model, "model.onnx", *NORMS[result.config["norm"]], result.classes)
     if folder.resolve() == Path(result.folder).resolve():
         raise ValueError(f"{folder} is the run's own folder: export to another")
+    released = (folder / "adapter.safetensors").is_file() and (folder / "result.json").is_file()  # an earlier call's, perhaps of another model
+    if not released and (others := [name for name in RELEASED if (folder / name).exists()]):
+        raise ValueError(f"{folder} holds a {others[0]} that export did not write: export to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     written = {"README.md", "adapter.safetensors", "result.json", *(EXPORTED[given] for given in formats), *(ALONE if formats else ())}
-    if (folder / "adapter.safetensors").is_file() and (folder / "result.json").is_file():  # an earlier call's, perhaps of another model
+    if released:
         for file in {*RELEASED} - written:
             (folder / file).unlink(missing_ok=True)
     if formats:
@@ -255,7 +261,7 @@ def compare_formats(models, images, labels, batch_size=16, seconds=3.0, rounds=7
 def push(folder, name, private=True):
     """Uploads a folder of write_release to the Hugging Face hub as user/name, with the token that `hf auth login` has stored. Returns its address.
 
-    Only what write_release writes is uploaded. Raises FileNotFoundError, ValueError.
+    Only what write_release writes is uploaded, and what it wrote for an earlier model and not for this one is removed there. Raises FileNotFoundError, ValueError.
     """
     from huggingface_hub import HfApi
     folder = Path(folder).expanduser()
@@ -265,7 +271,8 @@ def push(folder, name, private=True):
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: write it with python -m pyra_lab export")
     try:
         HfApi().create_repo(name, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=list(RELEASED))
+        left = [name for name in RELEASED if not (folder / name).is_file()]  # of an earlier model
+        HfApi().upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=list(RELEASED), delete_patterns=left)
     except Exception as error:  # the hub's client raises a dozen kinds: no token, no network, no permission
         raise ValueError(f"{name} was not uploaded: {files.first_line(error)}") from error
     return f"https://huggingface.co/{name}"

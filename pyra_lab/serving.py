@@ -154,7 +154,12 @@ def resize(image, size):
 
 
 def crop_centre(image, size):
-    """An RGB PIL image -> uint8 (3, size, size): the shorter side resized to 8/7 of the size, bicubic, and the centre cut out, as MAE evaluates."""
+    """An RGB PIL image -> uint8 (3, size, size): the shorter side resized to 8/7 of the size, bicubic, and the centre cut out, as MAE evaluates.
+
+    Raises ValueError for a strip.
+    """
+    if max(image.size) > 100 * min(image.size):  # a few bytes that would be resized to gigabytes
+        raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels, a strip: its sides may differ by a factor of 100")
     short = round(size * 8 / 7)
     scaled = [int(short * side / min(image.size)) for side in image.size]
     if list(image.size) != scaled:
@@ -185,12 +190,16 @@ class Prediction(NamedTuple):
 
 
 def list_files(folder):
-    """The images in a folder and its sub-folders, sorted: by suffix, or by how a file without one begins; hidden ones are left out.
+    """The images in a folder and its sub-folders, links followed, sorted: by suffix, or by how a file without one begins; hidden ones are left out.
 
     Warns, in one line, of files that are no images to this Pillow.
     """
-    suffixes, found, skipped = list_suffixes(), [], Counter()
-    for place, folders, names in os.walk(folder):
+    suffixes, found, skipped, visited = list_suffixes(), [], Counter(), set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:  # a link to a folder around it, or to one that had its turn
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))]
         for path in (os.path.join(place, name) for name in names if not name.startswith((".", "~$"))):
             suffix = os.path.splitext(path)[1].lower()
@@ -277,8 +286,8 @@ def predict(predictor, images, top=3, batch_size=32, progress=True):
     def read(item):
         try:
             return to_pixels(item[1], predictor.size, predictor.crop)
-        except ValueError as error:
-            return str(error)
+        except (ValueError, MemoryError) as error:
+            return first_line(error)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, progress_bar(len(items), progress) as advance:
         chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
@@ -292,6 +301,21 @@ def predict(predictor, images, top=3, batch_size=32, progress=True):
                      for (name, _), array in zip(chunk, pixels)]
             advance(len(chunk))
     return rows
+
+
+def check_out(file):
+    """Raises FileNotFoundError or ValueError where a file can't be written: before hours of predictions, not after them."""
+    folder = os.path.dirname(os.path.abspath(os.path.expanduser(file)))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder} to write {os.path.basename(file)} in")
+    if os.path.isdir(os.path.expanduser(file)):
+        raise ValueError(f"{file} is a folder, not a file to write")
+
+
+def save_csv(rows, file):
+    """Writes predictions as a CSV file, in UTF-8; what of a file's name isn't is written as \\x.."""
+    with open(os.path.expanduser(file), "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
+        write_csv(rows, out)
 
 
 def write_csv(rows, out):
@@ -335,9 +359,10 @@ def main(argv=None):
     parser.add_argument("--top", type=int, default=3, help="classes per image (default: %(default)s)")
     parser.add_argument("--out", help="file to write (default: the terminal)")
     args = parser.parse_args(argv)
+    if args.out:
+        check_out(args.out)
     rows = predict(load(args.model), args.images[0] if len(args.images) == 1 else args.images, args.top)
-    with open(args.out, "w", newline="", encoding="utf-8") if args.out else contextlib.nullcontext(sys.stdout) as out:
-        write_csv(rows, out)
+    save_csv(rows, args.out) if args.out else write_csv(rows, sys.stdout)
 
 
 if __name__ == "__main__":

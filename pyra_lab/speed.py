@@ -28,7 +28,7 @@ from pyra_lab.devices import DTYPES, autocast, check_device, default_device, has
 from pyra_lab.epochs import cast_frozen, make_optimizer
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, fold
-from pyra_lab.training import find_source, image_size
+from pyra_lab.preparation import find_source, image_size
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune")
 

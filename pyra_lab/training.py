@@ -1,68 +1,46 @@
 """One run: a Config -> a model -> training -> evaluation -> a record that is found again.
 
-A run writes runs/<id>/, where the id is a hash of its config: images.txt (a fingerprint of the task's files), log.jsonl (one line per epoch),
-TensorBoard's scalars, state.pt (to resume from), adapter.safetensors, plan.json where the method makes a plan, the teacher's logits where there
-is a teacher, and finally result.json. A finished run is not repeated; an interrupted one resumes at its last epoch, on a CPU bit for bit (on a
-GPU, where merging adds up in a fixed order too, the gradients of PyTorch's attention need not). The id knows the config, not the files behind
-it nor this code: where a task's images have changed, the run is refused; after changing weights or code, delete the folder.
+A run writes runs/<id>/, where the id is a hash of its config: images.txt and started_from.txt (fingerprints of the task's files and of the adapter
+that it starts from), log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from), adapter.safetensors, plan.json where the
+method makes a plan, the teacher's logits where there is a teacher, and finally result.json. A finished run is not repeated; an interrupted one
+resumes at its last epoch, on a CPU bit for bit (on a GPU, where merging adds up in a fixed order too, the gradients of PyTorch's attention need
+not). The id knows the config, not the files behind it nor this code: where a task's images have changed, or the run that it starts from was
+trained again, the run is refused; after changing weights or code, delete the folder.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import statistics
 import sys
 import warnings
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
 
 import pyra
-from pyra_lab import backbones, batches, budget, files, methods, tasks
-from pyra_lab.augmentation import check_augmentation
+from pyra_lab import backbones, batches, budget, files, methods
 from pyra_lab.config import Config
-from pyra_lab.devices import DTYPES, check_device
-from pyra_lab.epochs import better_of, check_loss, cut_epoch, load_trained, merged_share, prepare_training, read_state, save_state, train
-from pyra_lab.evaluation import check_metrics, evaluate
-from pyra_lab.layouts import overlap
+from pyra_lab.devices import DTYPES
+from pyra_lab.epochs import (better_of, check_loss, cut_epoch, load_trained, merged_share, prepare_training, read_state, save_state, train,
+                             trained_of)
+from pyra_lab.evaluation import evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
+from pyra_lab.preparation import (IMAGES, STARTED, Source, check_folder, check_run, epochs_of, find_source, fingerprint_of, image_size, starting_run,
+                                  take_datasets, teacher_run, warn_of, with_prerequisites)
 from pyra_lab.processes import Processes, connect, from_environment
 from pyra_lab.records import Result, read_result, runs_folder
 from pyra_lab.scalars import open_scalars
 
-# ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
-
-
-def starting_run(config):
-    """The run whose trained parameters a config's run starts from: at train_rate, or of two stages the first, without merging. None: it has none."""
-    if config.train_rate not in (None, config.rate) and "train_rate" in METHODS[config.method].uses:
-        return dataclasses.replace(config, rate=config.train_rate, train_rate=None)
-    return None if config.second_epochs is None else dataclasses.replace(config, method="plain", second_epochs=None)
-
-
-def teacher_run(config):
-    """Of a config with a teacher: the larger backbone, adapted with LoRA."""
-    student = config.resolved()  # the teacher shares the student's seed and so on; its device and dtype are those of the machine that trains it
-    row = backbones.BACKBONES[student.teacher]
-    norm = student.norm if student.norm in (row["norm"], row.get("expects")) else None  # the student's, unless the teacher was trained with another
-    return dataclasses.replace(student, device=config.device, dtype=config.dtype, backbone=student.teacher, weights=student.teacher_weights, teacher=None,
-                               teacher_weights=None, img_size=None, norm=norm, method="plain", second_epochs=None, peft="lora", lora_rank=None,
-                               batch_size=None)
-
-
-def prerequisites(config):
-    """The runs that a config's run starts from."""
-    return [*filter(None, [starting_run(config)]), *([teacher_run(config)] if config.teacher else [])]
+# ---- Trained models that a run starts from ---------------------------------------------------------------------------
 
 
 def start_from(model, result):
-    """Gives the model what its first stage has trained. A block's reducer that this one didn't have starts untrained, as ToMe."""
-    trained = safetensors.torch.load_file(Path(result.folder) / "adapter.safetensors")
+    """Gives the model what another run has trained. A block's reducer that it didn't have starts untrained, as ToMe. Raises as load_run does."""
+    trained = trained_of(load_run(result))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad and (name in trained or ".reducer." not in name):
@@ -97,13 +75,6 @@ def load_run(result):
 # ---- One run ---------------------------------------------------------------------------------------------------------
 
 
-class Source(NamedTuple):
-    """Where a run's images come from."""
-
-    task: tasks.Task
-    load: Callable  # (split, img_size) -> uint8 images (n, 3, img_size, img_size), labels (n,); not of a stream
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -117,92 +88,6 @@ class Run(NamedTuple):
     device: torch.device
     processes: Processes
     progress: bool  # whether to show bars
-
-
-def image_size(config):
-    return backbones.shape_of(config).img_size
-
-
-def find_source(config):
-    """The Source of a config that names its task. Raises ValueError or FileNotFoundError."""
-    if config.task.startswith("data:"):
-        raise ValueError(f"{config.task} was trained on Datasets that run was given: pass them again, data=(train, test), or where images are to "
-                         "calibrate int8 with, write_release(…, images=…) or --formats float32")
-    task = tasks.find_task(config.task, config.data_root)
-    return Source(task, functools.partial(tasks.load_split, task))
-
-
-def take_datasets(config, data):
-    """A config and the caller's (train, test) -> the config whose task is those Datasets, by their fingerprint, and their Source. Raises ValueError."""
-    task, load = tasks.own_task(data, image_size(config))
-    if config.task not in (Config.task, task.name):
-        raise ValueError(f"task {config.task!r} and data were both given, and data is {task.name}: leave out one of them")
-    return dataclasses.replace(config, task=task.name), Source(task, load)
-
-
-def check_run(config, source=None):
-    """Checks a resolved config on this machine before its run, and finds its Source. Raises ValueError or FileNotFoundError."""
-    check_device(config.device)
-    source = source or find_source(config)
-    method = METHODS[config.method]
-    with torch.device("meta"):
-        model = backbones.create_backbone(config, source.task.num_classes)
-        if "rate" in method.uses:
-            budget.target_macs(config, model)
-        if method.plan is None:
-            model = methods.call_add(method, model, config, None)
-            if not budget.depends_on_image(model):
-                pyra.token_counts(model)
-    check_augmentation(config.augment)
-    check_metrics(source.task.num_classes, taken=dataclasses.asdict(config))
-    return source
-
-
-def warn_of_norm(config):
-    """Warns where images of one's own would get another normalisation than the default weights were trained with: as VTAB-1k's papers do it."""
-    row = backbones.BACKBONES[config.backbone]
-    weights = config.weights or row["weights"]
-    theirs = weights == row["weights"] or Path(weights).suffix in pyra.SUFFIXES  # a file: most likely of the same
-    if tasks.is_own(config.task) and theirs and config.norm is None and row.get("expects", row["norm"]) != row["norm"]:
-        warnings.warn(f"{row['weights']} was trained with norm {row['expects']}, and the default, {row['norm']}, is that of VTAB-1k's papers: "
-                      f"for images of your own pass --norm {row['expects']}", stacklevel=3)
-
-
-def warn_of_unused(config):
-    """Warns of a field about numbers of pairs that a method which merges, or drops, tokens doesn't know. Others that don't matter need no word."""
-    method = METHODS[config.method]
-    for name in sorted(methods.ANY_NUMBER_OF_PAIRS - methods.RATE - method.uses if "rate" in method.uses else ()):
-        if getattr(config, name):
-            can = ", ".join(other for other, row in METHODS.items() if name in row.uses)
-            warnings.warn(f"{name} is ignored: {config.method} merges fixed numbers of tokens; {can} can merge any number", stacklevel=3)
-
-
-def warn_of_overlap(config):
-    """Warns where the images to evaluate on are among those to train on: an accuracy to select by would be that of training."""
-    if not config.task.startswith("stream:") and overlap(config.eval_split, config.train_split):  # of a stream val200 is its test images
-        warnings.warn(f"eval_split {config.eval_split} is of images that train_split {config.train_split} trains on: "
-                      "to select on val200, train on train800", stacklevel=3)
-    if config.keep == "best" and overlap(config.eval_split, "val200"):
-        warnings.warn(f"keep best chooses the epoch that is best on val200, and eval_split {config.eval_split} has the same images: "
-                      "the accuracy is the highest of several, and flatters", stacklevel=3)
-
-
-IMAGES = "images.txt"  # in a run's folder: tasks.fingerprint of what it is trained on
-
-
-def check_images(config, folder, source=None):
-    """Raises ValueError where a run's folder is of other images than its task holds now. A record is good without its images."""
-    file = folder / IMAGES
-    if not file.is_file():  # a task without files, or an older version's run
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the run was made
-            now = tasks.fingerprint((source or find_source(config)).task)
-    except (ValueError, OSError):
-        return
-    if now != file.read_text():
-        raise ValueError(f"{config.task} holds other images than when {folder} was trained on them: to train on these, delete that folder")
 
 
 def log_counts(config, data):
@@ -225,22 +110,21 @@ def run(config, runs=None, progress=True, data=None):
     source = None
     if data is not None:
         config, source = take_datasets(config, data)
-    for warn in (warn_of_norm, warn_of_unused, warn_of_overlap):
-        warn(config)
+    warn_of([config])
     return run_source(config, source, runs, progress)
 
 
 def run_source(config, source, runs, progress):
     """`run` of a config whose Source may be known already."""
     config, processes = config.resolved(), from_environment()
-    folder = runs_folder(runs) / config.id()
+    folder, known = runs_folder(runs) / config.id(), (lambda config: source) if source else find_source
     if processes.world == 1 and (result := read_result(folder)):  # of several processes one might find it and the next not yet
-        check_images(config, folder, source)
+        check_folder(config, folder, known)
         logger.info(f"found, not trained again: {folder}")
         return result
     source = check_run(config, source)
-    check_images(config, folder, source)
-    for trained in (config, *(other.resolved() for other in prerequisites(config))):
+    check_folder(config, folder, known)
+    for trained in (needed.resolved() for needed in with_prerequisites([config]).values()):
         if trained.batch_size % processes.world:
             whose = "" if trained.backbone == config.backbone else f": that of the teacher, {trained.backbone}"
             raise ValueError(f"batch_size {trained.batch_size} is not a multiple of the {processes.world} processes{whose}")
@@ -248,8 +132,8 @@ def run_source(config, source, runs, progress):
     model = (backbones.load_backbone if method.plan else build_model)(config, num_classes)  # refuses weights before anything is trained or written
     budget.check_counts(model)
 
-    teacher = teacher_logits(config, source, runs, device, progress) if config.teacher else None
-    stage_one = run_source(starting_run(config), source, runs, progress) if starting_run(config) else None
+    first = run_source(starting_run(config), source, runs, progress) if starting_run(config) else None
+    teacher = teacher_logits(config, source, runs, device, progress) if config.teacher and epochs_of(config)[0] else None
     if source.task.group == "Stream":
         data = batches.streamed(source.task, config, image_size(config), device)
     else:
@@ -265,7 +149,7 @@ def run_source(config, source, runs, progress):
             if stack.enter_context(files.file_lock(folder)):
                 for left in folder.glob("*.partial"):  # by a process that was killed while it wrote
                     left.unlink()
-                if not (folder / IMAGES).is_file() and (images := tasks.fingerprint(source.task)):
+                if not (folder / IMAGES).is_file() and (images := source.fingerprint()):
                     files.write_atomically(folder / IMAGES, lambda partial: partial.write_text(images))
         processes.wait()
         if result := read_result(folder):  # another process did it while this one waited
@@ -282,8 +166,10 @@ def run_source(config, source, runs, progress):
         if method.plan or plan is not None:
             model = build_model(config, num_classes, plan)
             budget.check_counts(model)
-        if stage_one is not None:
-            start_from(model, stage_one)
+        if first is not None:
+            start_from(model, first)
+            if processes.first:
+                files.write_atomically(folder / STARTED, lambda partial: partial.write_text(fingerprint_of(Path(first.folder) / "adapter.safetensors")))
         return finish(run, model.to(device), plan, state)
 
 
@@ -317,10 +203,7 @@ def make_plan(run):
 def finish(run, model, plan, state):
     """The part of `run` that computes: from the last epoch that was saved to the record."""
     config, folder, data, processes = run.config, run.folder, run.data, run.processes
-    epochs, warmup = config.epochs, config.warmup
-    if starting_run(config):
-        epochs = 0 if config.train_rate is not None else config.second_epochs
-        warmup = epochs // 10
+    epochs, warmup = epochs_of(config)
     num_classes, dtype, dial = run.source.task.num_classes, DTYPES[config.dtype], METHODS[config.method].dial
     optimizer, history = prepare_training(model, config, state)
     if processes.first and state is None:

@@ -66,7 +66,7 @@ def test_what_a_run_says(task, tmp_path, monkeypatch, capsys):
     images = shutil.copytree(task.removeprefix("folder:"), tmp_path / "images")
     argv = f"run --task folder:{images} --weights none --epochs 1 --keep best --train_split train800 --batch_size 8 --device cpu --dtype float32 --lora_rank 1"
     monkeypatch.setattr(sys, "argv", ["pyra-lab", *argv.split()])
-    monkeypatch.setattr(training, "warn_of_norm", lambda config: [warnings.warn("of two\nlines", stacklevel=1) for _ in range(2)])
+    monkeypatch.setattr(training, "warn_of", lambda configs: [warnings.warn("of two\nlines", stacklevel=1) for _ in range(2)])
     with pytest.raises(SystemExit) as left:
         cli.entry()
     assert not left.value.code

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_one_adapter_for_every_rate(task, tmp_path, monkeypatch):
     assert identical({k: v for k, v in after.items() if "blocks.2.reducer" not in k}, {k: v for k, v in before.items() if "blocks.1.reducer" not in k})
     assert not after["blocks.2.reducer.w_d"].any()  # untrained: it merges as ToMe
     assert run(dataclasses.replace(config, train_rate=config.rate), tmp_path, progress=False) == trained_at
+    assert run(other, tmp_path, progress=False) == attached
+    shutil.rmtree(trained_at.folder)
+    assert run(other, tmp_path, progress=False) == attached  # a record needs no other
+    run(dataclasses.replace(config, seed=1), tmp_path, progress=False)
+    (tmp_path / dataclasses.replace(config, seed=1).id()).rename(trained_at.folder)  # as if it had been trained again by other code
+    with pytest.raises(ValueError, match="was trained again after .* had started from it: delete .* to start from it anew"):
+        run(other, tmp_path, progress=False)
+    for file in tmp_path.glob("*/adapter.safetensors"):
+        file.unlink()
+    shutil.rmtree(attached.folder)
+    with pytest.raises(FileNotFoundError, match="there is no adapter"):
+        run(other, tmp_path, progress=False)
     with pytest.raises(ValueError, match="must be 'low', 'high' or a number greater than 1, not 'lwo'"):
         Config(train_rate="lwo")
     with pytest.warns(UserWarning, match="any_rate is ignored: pyra merges fixed numbers of tokens; tome, tofu, .* can merge any number"):

@@ -20,7 +20,7 @@ from helpers import ROOT, python
 from safetensors.torch import load_file
 
 import pyra
-from pyra_lab import files, grid, methods, records, training
+from pyra_lab import files, grid, methods, preparation, records, training
 from pyra_lab.budget import schedule
 from pyra_lab.config import Config, arguments, parse
 
@@ -69,7 +69,7 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "WORKER", [sys.executable, str(here / "worker.py")])
 
     def stub(configs):
-        names = {json.dumps(arguments(c)): (c.id(), c.seed) for c in grid.with_prerequisites(configs).values()}
+        names = {json.dumps(arguments(c)): (c.id(), c.seed) for c in preparation.with_prerequisites(configs).values()}
         (here / "names.json").write_text(json.dumps(names))
         return lambda: [json.loads(line) for line in (here / "started").read_text().splitlines()] if (here / "started").exists() else []
 
@@ -99,7 +99,11 @@ def test_each_run_once_and_first_stages_first(stub, tmp_path):
     started = stub(configs + configs)
     results = grid.run_grid(configs + configs, 3, tmp_path / "runs", progress=False)
     assert len(results) == 8 and None not in results
-    assert len(started()) == 5 and started()[0][0] == training.starting_run(configs[0]).id()
+    assert len(started()) == 5 and started()[0][0] == preparation.starting_run(configs[0]).id()
+    shutil.rmtree(tmp_path / "runs" / preparation.starting_run(configs[0]).id())  # what finished runs started from isn't needed any more
+    with pytest.warns(UserWarning, match="rise is ignored: pyra merges fixed numbers of tokens"):
+        assert len(grid.run_grid([*configs, dataclasses.replace(configs[1], rise=0.5)], 3, tmp_path / "runs", progress=False)) == 5
+    assert len(started()) == 5
 
 
 def test_what_starts_from_a_failed_run_is_not_tried(stub, tmp_path, capfd):
@@ -153,6 +157,7 @@ def test_devices_and_threads(stub, tmp_path, monkeypatch):
 def test_invalid_configs_and_damaged_records_are_reported_before_anything_runs(stub, tmp_path, capfd):
     """No task of that name, and a first block that is to merge more than there is; also behind a first stage, which is not run for it alone."""
     bad = [Config(seed=5, task="cifr100"), Config(seed=5, method="pyra", rate=[150] + [0] * 11), Config(seed=5, method="pyra", rate=[0] * 3, second_epochs=1)]
+    bad[2:] = [dataclasses.replace(bad[2], method="tome", rate="low", train_rate=[0] * 3)]  # what it starts from
     good, damaged = Config(seed=6), Config(seed=7)
     (tmp_path / "runs" / damaged.id()).mkdir(parents=True)
     (tmp_path / "runs" / damaged.id() / "result.json").write_text("{")
@@ -292,7 +297,7 @@ def test_rows_that_cannot_be_sent_or_loaded(tmp_path, monkeypatch):
     ('{"task": "dtd"}\n\n{"task": "dtd", "rank": 1}', "grid.jsonl, line 3: a config has no field 'rank'"),
     ('{"s": 0}', "grid.jsonl, line 1: s must be at least 1, not 0"),
     ('["dtd"]', "grid.jsonl, line 1: a config is a JSON object"),
-    ("\n", "grid.jsonl lists no runs"),
+    ("\ufeff\n", "grid.jsonl lists no runs"),  # after the mark that some editors put in front
 ])
 def test_a_bad_list_is_refused_with_its_line(tmp_path, text, sentence):
     (tmp_path / "grid.jsonl").write_text(text)
@@ -336,7 +341,12 @@ def test_slurm_script(sbatch, tmp_path, monkeypatch):
         f'#SBATCH --output="{here}/runs/logs/%x-%A_%a.log"', "#SBATCH --open-mode=append", "#SBATCH --requeue"]
     assert any(line.startswith("export ") and "'PYRA_DATA=/a b/data'" in line for line in lines)
     assert (here / "runs" / "logs").is_dir()
-    assert [sbatch(script, i) for i in range(4)] == [[c] for c in [training.starting_run(configs[2]), *configs]]
+    assert subprocess.run(["bash", str(script)], capture_output=True).returncode == 1  # by hand: it is no task of an array
+    subprocess.run(["bash", str(script)], check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": "9"})  # beyond the list
+    assert not (here / "runs" / "calls").exists()
+    with pytest.raises(ValueError, match="the schedule has 2 entries, the model 12 blocks"):
+        grid.write_slurm([Config(method="tome", rate=[1, 2])], script, here / "runs")
+    assert [sbatch(script, i) for i in range(4)] == [[c] for c in [preparation.starting_run(configs[2]), *configs]]
 
 
 def test_slurm_array_longer_than_slurm_allows(sbatch, tmp_path):

@@ -37,9 +37,11 @@ def hub(tmp_path, monkeypatch):
     class Api:
         def create_repo(self, name, private, exist_ok):
             asked.append((name, private))
-            (tmp_path / "hub" / name).mkdir(parents=True)
+            (tmp_path / "hub" / name).mkdir(parents=True, exist_ok=exist_ok)
 
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
+        def upload_folder(self, repo_id, folder_path, allow_patterns, delete_patterns):
+            for name in delete_patterns:
+                (tmp_path / "hub" / repo_id / name).unlink(missing_ok=True)
             for file in Path(folder_path).iterdir():
                 if file.name in allow_patterns:
                     shutil.copy(file, tmp_path / "hub" / repo_id)
@@ -80,6 +82,9 @@ def test_to_the_hub_and_back(result, hub, tmp_path, monkeypatch, capsys):
     assert pull("me/colours").metrics == result.metrics
     with pytest.raises(ValueError, match="'me/shapes' is no run or folder here, and the hub did not give it: 404: no me/shapes"):
         predict("me/shapes", photos)
+    write_release(result, folder, formats=())  # without ONNX files, which are of another model by then
+    push(folder, "me/colours")
+    assert files_in(tmp_path / "hub/me/colours") == ["README.md", "adapter.safetensors", "result.json"]
 
 
 def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp_path):
@@ -102,6 +107,13 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
     (tmp_path / "bare" / "mine.txt").unlink()
     with pytest.raises(ValueError, match="is the run's own folder: export to another"):
         write_release(result, result.folder, formats=())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("three weeks of notes")
+    with pytest.raises(ValueError, match="mine holds a README.md that export did not write: export to another folder"):
+        write_release(result, tmp_path / "mine", formats=())
+    assert files_in(tmp_path / "mine") == ["README.md"]
+    own = card(dataclasses.replace(result, config={**result.config, "task": "data:0123"}))  # Datasets have no name that a command could use
+    assert "data=(train, test))" in own and "python -m pyra_lab run" not in own
     assert files_in(tmp_path / "bare") == ["README.md", "adapter.safetensors", "result.json"]
     record = json.loads((tmp_path / "bare" / "result.json").read_text())
     folder = task.removeprefix("folder:")

@@ -107,10 +107,21 @@ def test_what_cannot_be_read_is_a_row(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYRA_RUNS", str(Path(result.folder).parent))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("L", (60, 60)).save(tmp_path / "photos" / "huge.png")
+    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"hello")  # a name that isn't UTF-8
+    write_tree(tmp_path / "elsewhere", {"b": 1})
+    for link, target in (("linked", "elsewhere"), ("around", "photos"), ("again", "photos/a")):  # no image comes twice
+        (tmp_path / "photos" / link).symlink_to(tmp_path / target)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*/nowhere to write out.csv in"):
+        cli.main(["predict", Path(result.folder).name, str(tmp_path / "photos"), "--out", str(tmp_path / "nowhere" / "out.csv"), "--device", "cpu"])
     with pytest.warns(UserWarning, match=r"photos: 1 left out: files that aren't images \(\.txt\)$"):
         cli.main(["predict", Path(result.folder).name, str(tmp_path / "photos"), "--out", str(tmp_path / "out.csv"), "--top", "2", "--device", "cpu"])
-    assert capsys.readouterr().out == f"6 images in {tmp_path}/out.csv, 4 of which can't be read: the column error says why\n"
+    assert capsys.readouterr().out == f"8 images in {tmp_path}/out.csv, 5 of which can't be read: the column error says why\n"
     table = list(csv.DictReader((tmp_path / "out.csv").open()))
+    named = [row for row in table if "linked" in row["image"] or "caf" in row["image"]]
+    assert [bool(row["error"]) for row in named] == [True, False] and named[0]["image"].endswith(r"/caf\udce9.png")
+    table = [row for row in table if row not in named]
+    with pytest.raises(ValueError, match="it is 1 x 4000 pixels, a strip: its sides may differ by a factor of 100"):
+        serving.crop_centre(Image.new("RGB", (1, 4000)), 24)
     assert [Path(row["image"]).name for row in table] == ["0.png", "1.png", "broken.jpg", "empty.gif", "huge.png", "text.png"]
     assert list(table[0]) == ["image", "class", "probability", "class_2", "probability_2", "error"]
     assert [bool(row["class_2"]) for row in table] == [not row["error"] for row in table] == [True] * 2 + [False] * 4
@@ -177,6 +188,7 @@ def test_the_service(trained):
             status, found = ask("GET")
             assert status == 200 and sorted(found["classes"]) == ["blue", "green", "red"]
             assert found["usage"] == f"curl --data-binary @photo.jpg http://{host}:{port}/"
+            assert ask("PUT", photo("RGB")) == (501, {"error": "Unsupported method ('PUT')"})
             assert ask("POST", photo("RGB"))[0] == 200  # it is still there
             again = subprocess.run([sys.executable, "http_server.py", "model.onnx", "--port", port], cwd=folder, capture_output=True, text=True)
             assert again.returncode == 1 and re.fullmatch(rf"http_server: 127.0.0.1, port {port}, can't be listened at: .+ with --host and --port\n", again.stderr)

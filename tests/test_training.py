@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -25,12 +24,11 @@ from pyra_lab import METHODS, Config, Method, evaluation, fold, load_run, record
 from pyra_lab.backbones import BACKBONES
 from pyra_lab.batches import in_batches
 from pyra_lab.budget import forward_counted, mean_macs, schedule, target_macs
-from pyra_lab.grid import with_prerequisites
 from pyra_lab.images import normalize
 from pyra_lab.methods import build_model, count_trained
 from pyra_lab.pefts.shared import peft_macs
+from pyra_lab.preparation import notes, prerequisites, starting_run, teacher_run, with_prerequisites
 from pyra_lab.tasks import load_split
-from pyra_lab.training import starting_run, prerequisites, teacher_run
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -216,6 +214,9 @@ def test_prerequisites():
     taught = teacher_run(Config(teacher="vit_base_patch16_224"))  # its id is that of the machine that trains it
     assert (taught.device, taught.dtype) == (None, None)
     assert teacher_run(dataclasses.replace(config, micro_batch=4)).micro_batch == 4  # the larger model needs it first
+    low = dataclasses.replace(others[0], rate="low", train_rate="high", second_epochs=None)  # trains nothing itself, and needs no teacher
+    assert [first.id() for first in prerequisites(low)] == [dataclasses.replace(low, rate="high", train_rate=None).id()]
+    assert [*with_prerequisites([low], {low.id()}.__contains__)] == [low.id()] and len(with_prerequisites([low])) == 3
 
 
 def test_a_teacher_is_fed_what_it_was_trained_with():
@@ -235,13 +236,11 @@ def test_a_teacher_is_fed_what_it_was_trained_with():
     ("stream:/images", "train800val200", "val200", False),  # a stream's test images
 ])  # and where epochs are compared on the images that are evaluated
 def test_selecting_on_what_was_trained_on_is_warned_of(task, train_split, eval_split, warned):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        training.warn_of_overlap(Config(task=task, train_split=train_split, eval_split=eval_split))
-        for split in ("val200", "test"):
-            training.warn_of_overlap(Config(task="digits", train_split="train800", eval_split=split, keep="best"))
+    told = [*notes(Config(task=task, train_split=train_split, eval_split=eval_split))]
+    for split in ("val200", "test"):
+        told += notes(Config(task="digits", train_split="train800", eval_split=split, keep="best"))
     of_training, of_keeping = f"eval_split {eval_split} is of images that train_split {train_split} trains on", "keep best chooses the epoch .* eval_split val200"
-    assert [bool(re.match(text, str(w.message))) for text, w in zip([of_training] * warned + [of_keeping], caught, strict=True)] == [True] * (warned + 1)
+    assert [bool(re.match(*pair)) for pair in zip([of_training] * warned + [of_keeping], told, strict=True)] == [True] * (warned + 1)
 
 
 def test_teacher_is_trained_once_and_learned_from(task, tmp_path):
@@ -533,11 +532,9 @@ def test_refused_files_and_nothing_written(task, tmp_path, monkeypatch, broken):
     (dict(task="folder:/images"), True), (dict(task="stream:/images"), True), (dict(task="data:0123"), True), (dict(task="dtd"), False),
     (dict(task="folder:/images", norm="imagenet"), False), (dict(task="folder:/images", weights="none"), False),
     (dict(task="folder:/images", weights="/downloads/S_16.npz"), True), (dict(task="folder:/images", weights="vit_small_patch16_224.dino"), False),
+    (dict(task="birds"), True), (dict(task="folder:/images", weights="owner/vit_small_patch16_224.augreg_in1k"), True),  # four lists; others of the kind
     (dict(task="folder:/images", backbone="deit_small_patch16_224"), False), (dict(task="folder:/images", backbone="vit_base_patch16_siglip_224"), False),
 ])
 def test_a_norm_that_the_weights_do_not_expect_is_told(fields, warned):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        training.warn_of_norm(Config(**{"backbone": "vit_small_patch16_224", **fields}))
-    assert [str(w.message) for w in caught] == ["vit_small_patch16_224.augreg_in21k was trained with norm half, and the default, imagenet, is that of "
+    assert [*notes(Config(**{"backbone": "vit_small_patch16_224", **fields}))] == ["vit_small_patch16_224.augreg_in21k was trained with norm half, and the default, imagenet, is that of "
                                                "VTAB-1k's papers: for images of your own pass --norm half"] * warned
