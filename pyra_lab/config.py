@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -189,8 +188,10 @@ def check_ranges(config):
     if config.img_size is not None and config.img_size % patch:
         raise ValueError(f"img_size must be a multiple of {patch}, the patches of {config.backbone}, not {config.img_size}")
     for name in ("rate", "train_rate"):
-        if not isinstance(rate := given.get(name, []), list):
-            (pyra.merge_schedule if isinstance(rate, str) else functools.partial(pyra.check_flops_ratio, name=name))(rate)
+        if isinstance(rate := given.get(name, []), str) and rate not in pyra.MAC_RATIOS:
+            raise ValueError(f"{name} must be 'low', 'high' or a number greater than 1, not {rate!r}")
+        if isinstance(rate, float):
+            pyra.check_flops_ratio(rate, name)
     check_device_name(config.device)  # whether it is here is checked where it is used: a grid for a cluster's GPUs is made where there are none
 
 

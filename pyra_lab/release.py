@@ -261,7 +261,8 @@ def compare_formats(models, images, labels, batch_size=16, seconds=3.0, rounds=7
 def push(folder, name, private=True):
     """Uploads a folder of write_release to the Hugging Face hub as user/name, with the token that `hf auth login` has stored. Returns its address.
 
-    Only what write_release writes is uploaded, and what it wrote for an earlier model and not for this one is removed there. Raises FileNotFoundError, ValueError.
+    Only what write_release writes is uploaded; what it wrote for an earlier model and not for this one is removed there.
+    Raises FileNotFoundError, ValueError.
     """
     from huggingface_hub import HfApi
     folder = Path(folder).expanduser()

@@ -137,7 +137,7 @@ def test_one_adapter_for_every_rate(task, tmp_path, monkeypatch):
     shutil.rmtree(attached.folder)
     with pytest.raises(FileNotFoundError, match="there is no adapter"):
         run(other, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="must be 'low', 'high' or a number greater than 1, not 'lwo'"):
+    with pytest.raises(ValueError, match="train_rate must be 'low', 'high' or a number greater than 1, not 'lwo'"):
         Config(train_rate="lwo")
     with pytest.warns(UserWarning, match="any_rate is ignored: pyra merges fixed numbers of tokens; tome, tofu, .* can merge any number"):
         run(Config(task=task, **{**ONE_STEP, "method": "pyra", "any_rate": True}), tmp_path, progress=False)
