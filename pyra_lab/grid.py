@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 import pyra
 from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
-from pyra_lab.preparation import check_folder, check_model, check_run, find_source, prerequisites, warn_of, with_prerequisites
+from pyra_lab.preparation import check_folder, check_model, check_run, find_source, prerequisites, source_finder, warn_of, with_prerequisites
 from pyra_lab.records import read_result, runs_folder
 from pyra_lab.tasks import UnknownTask
 
@@ -145,6 +145,11 @@ def die_with_parent(parent):
 # ---- On this machine -------------------------------------------------------------------------------------------------
 
 
+def is_recorded(runs, name):
+    """Whether a run of that id is finished."""
+    return (runs / name / "result.json").is_file()
+
+
 @dataclass
 class Grid:
     """Where a grid stands."""
@@ -158,7 +163,7 @@ class Grid:
     failed: dict  # id -> why
 
     def done(self, name):
-        return (self.runs / name / "result.json").is_file()
+        return is_recorded(self.runs, name)
 
     def log(self, name):
         return self.runs / "logs" / f"{name}.log"
@@ -308,8 +313,7 @@ def run_grid(configs, workers=None, runs=None, progress=True):
     """
     configs, runs = list(configs), runs_folder(runs)
     environments = slot_environments(workers, runs)
-    look_up = functools.cache(lambda task, root: find_source(Config(task=task, data_root=root)))  # once: a task may list a hundred thousand files
-    find = lambda config: look_up(config.task, config.data_root)
+    find = source_finder()
     warn_of(configs)
     grid = prepare_grid(configs, runs, find)
     work_off(grid, environments, progress)
@@ -329,21 +333,19 @@ def run_grid(configs, workers=None, runs=None, progress=True):
 
 def check_listed(configs):
     """Checks configs that another machine is to run, which may have what this one lacks. Raises ValueError; warns of tasks whose folders aren't here."""
-    classes, missing = {}, []  # {(task, root): number of classes}, or any number
+    find, missing = source_finder(), {}
     for config in {dataclasses.replace(config, seed=0).id(): config for config in with_prerequisites(configs).values()}.values():
-        key = config.task, config.data_root
-        if key not in classes:
-            try:
-                classes[key] = find_source(config).task.num_classes
-            except UnknownTask:
-                raise
-            except FileNotFoundError as error:
-                classes[key] = 2
-                missing.append(files.first_line(error))
-        check_model(config.resolved(), classes[key])
+        try:
+            num_classes = find(config).task.num_classes
+        except UnknownTask:
+            raise
+        except FileNotFoundError as error:
+            num_classes, missing[files.first_line(error)] = 2, None  # any number
+        check_model(config.resolved(), num_classes)
     if missing:
-        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-        warnings.warn(f"{missing[0]}{more}: the machines that do the runs need it", stacklevel=3)
+        first, *others = missing
+        more = f" (and {len(others)} more)" if others else ""
+        warnings.warn(f"{first}{more}: the machines that do the runs need it", stacklevel=3)
 
 
 def write_slurm(configs, file, runs=None, max_running=None):
@@ -357,7 +359,7 @@ def write_slurm(configs, file, runs=None, max_running=None):
         raise ValueError("there are no configs: a Slurm array needs at least one run")
     warn_of(configs)
     check_listed(configs)
-    done = lambda name: (runs / name / "result.json").is_file()
+    done = functools.partial(is_recorded, runs)
     lines = [shlex.join(arguments(config) or [f"--task={config.task}"]) for config in with_prerequisites(configs, done).values()]
     count = min(len(lines), 1000)  # Slurm's default limit is 1001: in a longer list a task does every thousandth run
     (runs / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its logs

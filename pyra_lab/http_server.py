@@ -3,8 +3,8 @@
     python http_server.py model.int8.onnx --port 8000 --host 127.0.0.1
     curl --data-binary @photo.jpg http://127.0.0.1:8000/
 
-A POST of an image's bytes answers {"classes": [...], "probabilities": [...]}, the most probable first; GET, and HEAD without a body, says what the classes are
-and how to ask; whatever can't be answered has a status of 400 or more, and {"error": the reason}. All answers are JSON.
+A POST of an image's bytes answers {"classes": [...], "probabilities": [...]}, the most probable first; GET, and HEAD without a body,
+says what the classes are and how to ask; whatever can't be answered has a status of 400 or more, and {"error": the reason}. All answers are JSON.
 """
 
 import argparse

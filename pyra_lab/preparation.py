@@ -23,20 +23,23 @@ from pyra_lab.methods import METHODS
 # ---- Runs that a run starts from: runs of their own, which several may share -----------------------------------------
 
 
+def trained_elsewhere(config):
+    """Whether a config merges at its rate what was trained at train_rate, without training."""
+    return config.train_rate not in (None, config.rate) and "train_rate" in METHODS[config.method].uses
+
+
 def starting_run(config):
     """The run whose trained parameters a config's run starts from: at train_rate, or of two stages the first, without merging. None: it has none."""
-    if config.train_rate not in (None, config.rate) and "train_rate" in METHODS[config.method].uses:
+    if trained_elsewhere(config):
         return dataclasses.replace(config, rate=config.train_rate, train_rate=None)
     return None if config.second_epochs is None else dataclasses.replace(config, method="plain", second_epochs=None)
 
 
 def epochs_of(config):
     """How many epochs a resolved config's run itself trains, and how many of them warm up."""
-    first = starting_run(config)
-    if first is None:
-        return config.epochs, config.warmup
-    epochs = config.second_epochs if first.method != config.method else 0
-    return epochs, epochs // 10
+    if trained_elsewhere(config):
+        return 0, 0
+    return (config.epochs, config.warmup) if config.second_epochs is None else (config.second_epochs, config.second_epochs // 10)
 
 
 def teacher_run(config):
@@ -84,6 +87,12 @@ def find_source(config):
     return make_source(task, functools.partial(tasks.load_split, task))
 
 
+def source_finder():
+    """find_source, which looks up each task once: one may list a hundred thousand files."""
+    look_up = functools.cache(lambda task, root: find_source(Config(task=task, data_root=root)))
+    return lambda config: look_up(config.task, config.data_root)
+
+
 def take_datasets(config, data):
     """A config and the caller's (train, test) -> the config whose task is those Datasets, by their fingerprint, and their Source. Raises ValueError."""
     task, load = tasks.own_task(data, image_size(config))
@@ -101,15 +110,14 @@ def image_size(config):
 
 def check_model(config, num_classes):
     """Checks that a resolved config's method suits its model, without weights. Raises ValueError."""
-    method = METHODS[config.method]
-    with torch.device("meta"):
-        model = backbones.create_backbone(config, num_classes)
-        if "rate" in method.uses:
-            budget.target_macs(config, model)
-        if method.plan is None:
+    method, model = METHODS[config.method], backbones.shape_of(config, num_classes)
+    if "rate" in method.uses:
+        budget.target_macs(config, model)
+    if method.plan is None:
+        with torch.device("meta"):
             model = methods.call_add(method, model, config, None)
-            if not budget.depends_on_image(model):
-                pyra.token_counts(model)
+        if not budget.depends_on_image(model):
+            pyra.token_counts(model)
 
 
 def check_run(config, source=None):

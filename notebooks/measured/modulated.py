@@ -5,41 +5,28 @@ With one row for all pairs it suits any reducer that merges sources into destina
 
 import argparse
 import dataclasses
-import math
+import types
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import pyra
 from pyra_lab import METHODS, Config, Method, evaluation, run
 from pyra_lab.records import write_rows
-from pyra_lab.reducers import dtem, fpet, pitome
+from pyra_lab.reducers.one_row import OneRow
 
-MODULES = {"pitome": (pitome, pitome.PiToMe), "dtem": (dtem, dtem.DTEM), "fpet": (fpet, fpet.FPET)}
-
-
-class Row:
-    """PYRA-row's modulation, for a reducer that has the parameters w_r (1, s) and w_d (s, c)."""
-
-    def modulate(self, src, dst):
-        r = src.shape[1]
-        return pyra.modulate(src, dst, pyra.widen(self.w_r).expand(r, -1) / math.sqrt(r), pyra.widen(self.w_d))
+REDUCERS = ("pitome", "dtem", "fpet")
 
 
-def modulated(module, kind):
-    """The `add` of a row: the module's reducers, modulated."""
-    with_row = type(f"{kind.__name__}Row", (Row, kind), {})
-
-    def add(model, config, plan):
-        for block in (model := module.add(model, config, plan)).blocks:
-            if (reducer := block.reducer) is not None:
-                reducer.w_r = torch.nn.Parameter(torch.empty(1, config.s).uniform_(-1, 1) / math.sqrt(config.s))
-                reducer.w_d = torch.nn.Parameter(torch.zeros(config.s, model.embed_dim))
-                reducer.__class__ = with_row
+def modulated(add):
+    """The `add` of a row whose reducers are modulated too."""
+    def add_modulated(model, config, plan):
+        model = add(model, config, plan)
+        for reducer in filter(None, (block.reducer for block in model.blocks)):
+            row = OneRow(reducer.r, model.embed_dim, config.s)
+            reducer.w_r, reducer.w_d, reducer.modulate = row.w_r, row.w_d, types.MethodType(OneRow.modulate, reducer)
         return model
 
-    return add
+    return add_modulated
 
 
 def main():
@@ -55,9 +42,9 @@ def main():
     base = Config(backbone=args.backbone, data_root=args.data_root, weights=args.weights, norm="half", epochs=3, warmup=1, batch_size=16, lr=3e-3,
                   modulation_lr=1e-4)
     rows = []
-    for name, (module, kind) in MODULES.items():
+    for name in REDUCERS:
         plain = METHODS[name]
-        METHODS[f"{name}_row"] = Method(f"{plain.title}, modulated", plain.help, modulated(module, kind), plain.uses | {"s", "modulation_lr"})
+        METHODS[f"{name}_row"] = Method(f"{plain.title}, modulated", plain.help, modulated(plain.add), plain.uses | {"s", "modulation_lr"})
         for method in (name, f"{name}_row"):
             for task in args.tasks.split(","):
                 for seed in map(int, args.seeds.split(",")):
