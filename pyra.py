@@ -304,7 +304,7 @@ def modulate(src, dst, w_r, w_d):
     return torch.addcmul(src, src, gate)
 
 class ToMe(nn.Module):
-    """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the tokens where fewer are left."""
+    """Token merging (Bolya et al., ICLR 2023): merges the r most similar pairs, or half of the patches where fewer are left."""
     modulate = None  # what becomes of the sources before they merge: (src, dst), each (b, r, c) and weighted by size, -> src
     def __init__(self, r, specials=1):
         super().__init__()
@@ -726,7 +726,7 @@ def check_fit(source, own, given, optional=(), reason=""):
     require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed([*given])}{reason}")
     odd = [f"{k} as {tuple(given[k].shape)}, not {tuple(p.shape)}" for k, p in own.items() if k in given and given[k].shape != p.shape]
     lacking, unexpected = [k for k in own if k not in given and not k.startswith(tuple(optional))], [k for k in given if k not in own]
-    for what, names in {"has": odd, "lacks": lacking, "has the unexpected": unexpected}.items():
+    for what, names in {"has": odd, "lacks": lacking, "has unexpected names,": unexpected}.items():
         require(not names, f"{source} doesn't fit the model: it {what} {listed(names)}{reason}")
     odd = [k for k, v in given.items() if not (v.is_floating_point() and v.float().isfinite().all())]
     require(not odd, f"{source} doesn't fit the model: not all is a finite floating-point number in {listed(odd)}")

@@ -90,7 +90,7 @@ def count_tokens(model, batches, dtype=torch.float32):
     for x in batches:
         with autocast(x.device, dtype):
             counts.append(forward_counted(model, x)[1])
-    return torch.cat(counts, dim=1)
+    return torch.cat(counts, dim=1) if counts else torch.zeros(len(model.blocks) + 1, 0)  # more processes than images
 
 
 @pyra.on_model

@@ -36,9 +36,9 @@ class Config:
     task: str = option("sprites_location", "a task of VTAB-1k, folder:/path/to/images, stream:/path/to/imagenet, sprites_... or digits")
     backbone: str = option("vit_nano_patch4_56", "timm's name; with .mae: average pooling", BACKBONES)
     weights: str | None = option(None, "a file or a name on the Hugging Face hub; 'none': random; by default the backbone's own")
-    method: str = option("pyra", "how the model gets cheaper to run, each at the operations of ToMe at `rate`", METHODS)
+    method: str = option("pyra", "how operations are saved; every method is held to those of ToMe at `rate`", METHODS)
     rate: str | float | list = option(
-        "high", "low, high, a ratio (F/f of Eq. (1), which small models miss; pyra.solve_macs meets one), or the schedule, a list with the pairs of each block")
+        "high", "low, high, a ratio (F/f of Eq. (1), an approximation; pyra.solve_macs meets one), or the schedule, a list with the pairs of each block")
     img_size: int | None = option(None, "pixels of a side; by default the backbone's: 224 for most")
     s: int = option(1, "rank of PYRA's generators")
     peft: str = option("lora", "what is trained besides reducer and head", PEFTS)
@@ -110,6 +110,7 @@ class Config:
         unused = OPTIONAL - method.uses - peft.uses
         values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in unused}
         values["task"] = task
+        values.setdefault("lora_targets", ",".join(name for name in pyra.LORA_TARGETS if name in self.lora_targets.split(",")))  # in any order the same
         values |= {"train_rate": None} if self.train_rate == self.rate else {}
         values |= {"img_size": None} if self.img_size == default_img_size(self.backbone) else {}
         # a path means the same whatever folder we are in: a notebook's kernel starts elsewhere than papermill's
@@ -173,14 +174,13 @@ def check_ranges(config):
             raise ValueError(f"{name} must be at least 0 and less than 1, not {given[name]}")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed must be at least 0 and less than 2^31, not {config.seed}")
-    if not 0 < given.get("peft_scale", 1) < math.inf:
-        raise ValueError(f"peft_scale must be a finite number greater than 0, not {config.peft_scale}")
+    for name in ("peft_scale", "lora_alpha"):
+        if not 0 < given.get(name, 1) < math.inf:
+            raise ValueError(f"{name} must be a finite number greater than 0, not {given[name]}")
     if not 0 < config.layer_decay <= 1:
         raise ValueError(f"layer_decay must be greater than 0 and at most 1, not {config.layer_decay}")
     if config.warmup is not None and config.warmup >= config.epochs:
         raise ValueError(f"warmup ({config.warmup}) must be less than epochs ({config.epochs})")
-    if not 0 < given.get("lora_alpha", 1) < math.inf:
-        raise ValueError(f"lora_alpha must be a finite number greater than 0, not {config.lora_alpha}")
     targets = config.lora_targets.split(",")
     if not set(targets) <= set(pyra.LORA_TARGETS) or len(set(targets)) < len(targets):
         raise ValueError(f"lora_targets must be different names out of {', '.join(pyra.LORA_TARGETS)}, separated by commas, not {config.lora_targets!r}")

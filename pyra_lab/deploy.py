@@ -63,6 +63,9 @@ class FromPixels(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
 
+LARGEST = 2_000_000_000  # bytes of weights: protobuf takes no message of 2 GiB
+
+
 @pyra.on_model
 def check_export(model, path, mean, std, classes=()):
     """Raises ValueError for what export_onnx can't write."""
@@ -75,6 +78,8 @@ def check_export(model, path, mean, std, classes=()):
         raise ValueError(f"classes must name all of the model's {model.num_classes} classes, not {len(classes)}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"there is no folder for {str(path)!r}")
+    if (size := 4 * sum(p.numel() for p in model.parameters())) > LARGEST:
+        raise ValueError(f"an ONNX file holds at most 2 GB, and the weights take {size / 1e9:.1f}: export with --formats none (formats=() in Python)")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("the model is packed for this CPU: export it before pack")
     for block in model.blocks:
@@ -113,6 +118,7 @@ def export_onnx(model, path, mean, std, classes=(), crop=False):
     if crop and not isinstance(model.img_size, int):
         raise ValueError(f"crop cuts squares out of images, and the model takes {model.img_size[0]} x {model.img_size[1]} pixels")
     try:
+        import onnx_ir
         from onnxscript import opset18 as op
     except ImportError as error:
         raise ImportError("export_onnx needs onnxscript: pip install onnxscript") from error
@@ -136,7 +142,7 @@ def export_onnx(model, path, mean, std, classes=(), crop=False):
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with paths of this machine
     program.model.metadata_props.update(classes=json.dumps(list(classes)), crop=str(bool(crop)))
-    files.write_atomically(path, lambda partial: program.save(str(partial)))
+    files.write_atomically(path, lambda partial: onnx_ir.save(program.model, str(partial)))  # program.save would put more than 1.5 GB into a second file
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def check_device_name(device):
 
 
 def check_device(device):
-    """Raises ValueError unless device is None or one of this machine. Afterwards PyTorch computes there as suits us."""
+    """Raises ValueError unless device is None or one of this machine. Sets up PyTorch for it."""
     check_device_name(device)
     if device == "mps":
         if not torch.backends.mps.is_available():

@@ -75,6 +75,8 @@ def evaluate(model, batches, dtype=torch.float32, processes=ALONE):
     if not labels:  # more processes than images
         logits, labels = [torch.zeros(0, model.num_classes)], [torch.zeros(0, dtype=torch.int64)]
     logits, labels = processes.gather(torch.cat(logits)), processes.gather(torch.cat(labels))
+    order = torch.cat([torch.arange(rank, len(labels), processes.world) for rank in range(processes.world)]).argsort().to(labels.device)
+    logits, labels = logits[order], labels[order]  # of all images, as the split has them: process `rank` brought each world-th
     if broken := (~logits.isfinite()).any(dim=1).sum():
         raise FloatingPointError(f"the model's logits are not finite for {broken:,} of {len(logits):,} images: its training diverged")
     return {name: metric(logits, labels) for name, metric in METRICS.items()}

@@ -1,4 +1,4 @@
-"""Files: where they are, how they are written whole, how processes take turns at them; and the bar of what takes long."""
+"""Files: where they are, atomic writes, locks, and the progress bar."""
 
 import contextlib
 import functools
@@ -32,7 +32,8 @@ def write_atomically(path, write):
         write(partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, in Python and in torch
-        raise OSError(f"{path} can't be written ({first_line(error)}): is the disk full?") from error
+        full = "" if isinstance(error, FileNotFoundError) else ": is the disk full?"
+        raise OSError(f"{path} can't be written ({first_line(error)}){full}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """What a GPU does with merging, in a few minutes: python -m pyra_lab benchmark --suite gpu --out FILE.json --minutes 6.
 
-SECTIONS, those that tell most per second first, each up to its part of the time; what no time is left for is named. A section is a function
+SECTIONS, the most informative per second first, each within its share of the time; what no time is left for is listed. A section is a function
 (plan, device) that yields tasks: what is measured (a dict), and a function that measures it and returns rows. All random weights and noise.
 """
 

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 import pyra
 from pyra_lab import backbones, evaluation, files, methods
 from pyra_lab.config import Config, arguments, changed
+from pyra_lab.layouts import read_text
 from pyra_lab.preparation import check_folder, check_model, check_run, find_source, prerequisites, source_finder, warn_of, with_prerequisites
 from pyra_lab.records import read_result, runs_folder
 from pyra_lab.tasks import UnknownTask
@@ -59,7 +60,7 @@ def read_grid(file):
     Raises ValueError that names the line.
     """
     configs = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(Path(file)).splitlines(), 1):
         if line.strip():
             try:
                 configs.append(read_line(line))

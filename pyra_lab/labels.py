@@ -1,4 +1,4 @@
-"""Labels in a figure, each where it is read as its own mark's. matplotlib is imported where it is used, as in report."""
+"""Labels in a figure, placed so that each clearly belongs to its mark. matplotlib is imported where it is used, as in report."""
 
 import itertools
 

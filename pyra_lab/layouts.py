@@ -1,6 +1,6 @@
 """How images and labels lie in folders: lists of files as VTAB-1k has them, and trees with one folder per class.
 
-This module finds files and deals them out to splits; it doesn't know which tasks there are. Hidden and system entries are no images at
+This module finds files and assigns them to splits; it doesn't know which tasks there are. Hidden and system entries are no images at
 any level, and links are followed, in every kind of tree. What is left out besides is counted, so that it can be said in one line.
 """
 
@@ -14,14 +14,12 @@ import numpy as np
 
 from pyra_lab import images
 from pyra_lab.files import shorten
+from pyra_lab.serving import SYSTEM
 
 SPLITS = ("train800", "val200", "train800val200", "test")  # VTAB-1k's names, used for every task whatever its size
 PARTS = {"train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val", "valset": "val",
          "dev": "val", "test": "test", "testing": "test", "testset": "test"}  # what a tree's parts are called -> which they are
 FILLERS = {"set", "data", "dataset", "split", "images", "image", "imgs", "img"}  # train_set, Test-Images: words that change nothing
-SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
-          "system volume information", "lost+found", "found.000", "network trash folder", "temporary items",
-          "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems leave among others' files, besides names with a dot in front
 
 
 def overlap(one, other):
@@ -87,7 +85,7 @@ def hold_out(members, seed):
 
 
 # ---- Folders ---------------------------------------------------------------------------------------------------------
-# `left` is a Counter of what is left out: {(why, which): how many}
+# `skipped` is a Counter of what is left out: {(why, which): how many}, and `visited` the folders met so far: {real path: path}
 
 
 def leads_back(link):
@@ -126,13 +124,18 @@ def scan(folder, skipped):
                 skipped["broken links" if entry.is_symlink() else "entries that are no files", ""] += 1
 
 
+def visit(folder, visited):
+    """Adds a folder to those visited. Raises ValueError where links make it one of them."""
+    if (other := visited.setdefault(os.path.realpath(folder), folder)) != folder:
+        raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
+
+
 def find_images(folder, skipped, visited):
     """Yields the images in a folder and its sub-folders, as they come. Raises ValueError for a folder that links make part of two.
 
-    seen: {real path: path} of the folders met so far, to which it adds.
+    Adds to skipped and visited.
     """
-    if (other := visited.setdefault(os.path.realpath(folder), folder)) != folder:
-        raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
+    visit(folder, visited)
     for path, is_folder in scan(folder, skipped):
         if is_folder:
             yield from find_images(path, skipped, visited)
@@ -141,7 +144,7 @@ def find_images(folder, skipped, visited):
 
 
 def list_images(folder, skipped, visited):
-    """The images in a class's folder and its sub-folders, sorted; left and seen as in find_images. Raises ValueError if there are none, or parts."""
+    """The images in a class's folder and its sub-folders, sorted; skipped and visited as in find_images. Raises ValueError if there are none, or parts."""
     found = sorted(find_images(folder, skipped, visited), key=lambda path: path.split(os.sep))
     if not found:
         raise ValueError(f"{folder} holds no images: no file in it is of a format that Pillow reads")
@@ -164,7 +167,7 @@ def list_folders(folder):
 
 
 def note_outside(folder, loose, skipped):
-    """Adds to `left` what lies beside class folders: `loose` images, and links that could have been class folders."""
+    """Adds to `skipped` what lies beside class folders: `loose` images, and links that could have been class folders."""
     if loose:
         skipped["images outside the class folders", ""] += loose
     found = Counter()
@@ -174,7 +177,7 @@ def note_outside(folder, loose, skipped):
 
 
 def describe_left(path, skipped):
-    """One line that says what of a tree is left out, and why; None where nothing is."""
+    """One line that says what is left out of a tree, and why; None where nothing is."""
     why = {}
     for (reason, which), count in sorted(skipped.items()):
         why.setdefault(reason, []).append((which, count))
@@ -269,8 +272,7 @@ def match_classes(tree):
         tree[part] = {name: folders[name] for name in tree[first]}
     visited = {}
     for folder in (folder for folders in tree.values() for folder in folders.values()):
-        if (other := visited.setdefault(os.path.realpath(folder), folder)) != folder:
-            raise ValueError(f"{other} and {folder} are the same folder: remove one of the links")
+        visit(folder, visited)
     return tree
 
 
@@ -293,7 +295,7 @@ def check_level(folder):
 
 
 def find_tree(path, stream=False):
-    """The class folders of a tree -> {part: {class: folder}}, left. The parts are train, val and test, or "" where a tree has none.
+    """The class folders of a tree -> {part: {class: folder}}, skipped. The parts are train, val and test, or "" where a tree has none.
 
     Reads names of folders and, where nothing else tells the level of the classes, a class's first image. One folder around everything or
     around the classes of a part is entered. stream: parts are required, and test/ is ignored where there is val/. Raises ValueError for
@@ -332,7 +334,7 @@ def find_tree(path, stream=False):
 
 
 def split_tree(path):
-    """The splits of a tree with one folder per class -> {split: {class: files}}, left.
+    """The splits of a tree with one folder per class -> {split: {class: files}}, skipped.
 
     train/ and test/ (or val/) are used as they are; without them a seeded 20 % of each class is the test split.
     val200 is val/ where train/, val/ and test/ all exist, and a seeded 20 % of each class of train/ otherwise.
@@ -357,7 +359,7 @@ def split_tree(path):
 
 
 def find_stream(path):
-    """A tree that is streamed -> {"train": {class: folder}, "val": {class: folder}}, left; val is test/ where there is no val/.
+    """A tree that is streamed -> {"train": {class: folder}, "val": {class: folder}}, skipped; val is test/ where there is no val/.
 
     Lists no class folder whole, as ImageNet has 1.28 million files. Raises what find_tree raises.
     """

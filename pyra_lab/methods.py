@@ -39,6 +39,7 @@ class Method(NamedTuple):
     help: str
     add: Callable  # (model, config, plan) -> model; plan is None where the row has none
     uses: frozenset = RATE  # the optional fields of Config that matter to it; all others fall back to their defaults before the id is made
+    check: Callable | None = None  # (model without weights, config): raises ValueError for what the plan could not do
     plan: Callable | None = None  # (config, PlanContext) -> what is chosen before training, as JSON
     dial: Callable | None = None  # (model, config) -> budget.Dial, by which the trained model is brought to its budget
     second_stage: bool = False  # can be added to a model that is adapted already
@@ -90,7 +91,7 @@ METHODS = {
     "ats": Method("ATS", "samples tokens, image by image", ats.add, plan=ats.plan, dial=ats.dial),
     "ltmp": Method("LTMP", "learns thresholds to merge and prune by, image by image", ltmp.add, dial=ltmp.dial),
     "diffrate": Method("DiffRate", "learns how many tokens each block prunes and merges", diffrate.add, plan=diffrate.plan),
-    "rap": Method("RaP", "prunes channels, chosen on val200", pruning.add, plan=pruning.plan, before_peft=True, in_memory=True),
+    "rap": Method("RaP", "prunes channels, chosen on val200", pruning.add, check=pruning.flops_ratio, plan=pruning.plan, before_peft=True, in_memory=True),
     "pyra_row": Method("PYRA-row", "PYRA whose pairs share one row of W_r", one_row.add, ANY_NUMBER_OF_PAIRS | {"s", "modulation_lr"}, second_stage=True),
     "fpet": Method("FPET", "merges half of the patches, a few times, with a learned matching", fpet.add, second_stage=True),
     "pitome": Method("PiToMe", "merges where tokens are crowded, by energy", pitome.add, ANY_NUMBER_OF_PAIRS, second_stage=True),
@@ -168,12 +169,20 @@ def fold(model):
     return model
 
 
+def part_of(name):
+    """Which part of a model a parameter belongs to."""
+    if not pyra.is_adapter(name):
+        return "backbone"
+    if ".reducer." in name:
+        return "reducer"
+    return "peft" if "lora_" in name or "peft_" in name else "head"
+
+
 @pyra.on_model
 def count_trained(model):
     """Trained parameters by part: peft, reducer, head, backbone."""
     counts = {"peft": 0, "reducer": 0, "head": 0, "backbone": 0}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            part = "backbone" if not pyra.is_adapter(name) else "reducer" if ".reducer." in name else "peft" if "lora_" in name or "peft_" in name else "head"
-            counts[part] += p.numel()
+            counts[part_of(name)] += p.numel()
     return counts

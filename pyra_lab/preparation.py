@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import warnings
 from pathlib import Path
@@ -113,6 +114,8 @@ def check_model(config, num_classes):
     method, model = METHODS[config.method], backbones.shape_of(config, num_classes)
     if "rate" in method.uses:
         budget.target_macs(config, model)
+    if method.check is not None:
+        method.check(model, config)
     if method.plan is None:
         with torch.device("meta"):
             model = methods.call_add(method, model, config, None)
@@ -145,14 +148,17 @@ def notes(config):
         if getattr(config, name):
             can = ", ".join(other for other, row in METHODS.items() if name in row.uses)
             yield f"{name} is ignored: {config.method} merges fixed numbers of tokens; {can} can merge any number"
-    if config.rise and "rise" in method.uses and merged_share(0, config.epochs, config.rise) == 1:
-        yield f"rise {config.rise:g} of {config.epochs} epochs is not one: all pairs merge from the start"
-    if not config.task.startswith("stream:") and overlap(config.eval_split, config.train_split):  # of a stream val200 is its test images
+    epochs, _ = epochs_of(config)  # the first of two stages merges nothing
+    if config.rise and epochs and "rise" in method.uses and merged_share(0, epochs, config.rise) == 1:
+        yield f"rise {config.rise:g} of {epochs} epochs is not one: all pairs merge from the start"
+    in_training = lambda split: split.startswith("train")  # a stream has train/ and val/: val200 is its test images
+    streamed = config.task.startswith("stream:")
+    if in_training(config.eval_split) == in_training(config.train_split) if streamed else overlap(config.eval_split, config.train_split):
         yield (f"eval_split {config.eval_split} is of images that train_split {config.train_split} trains on: "
                "to select on val200, train on train800")
     if config.keep == "best" and overlap(config.eval_split, "val200"):
         yield (f"keep best chooses the epoch that is best on val200, and eval_split {config.eval_split} has the same images: "
-               "the accuracy is the highest of several, and flatters")
+               "the accuracy is the highest of several, and optimistic")
 
 
 def warn_of(configs, stacklevel=3):
@@ -163,23 +169,34 @@ def warn_of(configs, stacklevel=3):
 
 # ---- What a run's folder was made from -------------------------------------------------------------------------------
 
-IMAGES, STARTED = "images.txt", "started_from.txt"  # in it: fingerprints of the task, and of the adapter that it started from
+IMAGES, MADE_FROM = "images.txt", "made_from.txt"  # in it: fingerprints of the task, and of the adapters that it was made from
 
 
 def fingerprint_of(adapter):
-    """A hash of an adapter's file."""
-    return hashlib.sha256(Path(adapter).read_bytes()).hexdigest()[:16]
+    """A hash of an adapter, by its file's metadata, where digests of all tensors are: the bytes differ each time that it is written."""
+    from safetensors import safe_open
+    try:
+        with safe_open(adapter, framework="pt") as file:
+            return hashlib.sha256(json.dumps(file.metadata(), sort_keys=True).encode()).hexdigest()[:16]
+    except Exception as error:
+        raise ValueError(f"{adapter} can't be read as a safetensors file: {pyra.first_line(error)}") from error
+
+
+def made_from(config, runs):
+    """The adapters that a config's run starts from or learns from, {id of their run: file}."""
+    return {other.id(): runs / other.id() / "adapter.safetensors" for other in prerequisites(config)}
 
 
 def check_folder(config, folder, find=find_source):
-    """Raises ValueError where a run's folder is of other images than its task holds now, or started from another adapter than its first run has now.
+    """Raises ValueError where a run's folder is of other images than its task holds now, or was made from another adapter than its first run or its
+    teacher has now.
 
-    A record is good without its images, and without the run that it started from. find: (config) -> its Source.
+    A record is good without its images, and without the runs that it was made from. find: (config) -> its Source.
     """
-    first, file = starting_run(config), folder / STARTED
-    adapter = folder.parent / first.id() / "adapter.safetensors" if first else None
-    if adapter and adapter.is_file() and file.is_file() and fingerprint_of(adapter) != file.read_text():
-        raise ValueError(f"{first.id()} was trained again after {folder} had started from it: delete {folder} to start from it anew")
+    if (file := folder / MADE_FROM).is_file():
+        for (name, adapter), known in zip(made_from(config, folder.parent).items(), file.read_text().splitlines()):
+            if adapter.is_file() and fingerprint_of(adapter) != known:
+                raise ValueError(f"{name} has changed since {folder} was made from it: delete {folder} to make it anew")
     file = folder / IMAGES
     if not file.is_file():  # a task without files, or an older version's run
         return

@@ -155,6 +155,15 @@ def probe_loss(features, labels, held_out, held_out_labels, num_classes, weight_
     return F.cross_entropy(F.linear(held_out, weight.detach(), bias.detach()), held_out_labels).item()
 
 
+def flops_ratio(model, config):
+    """The model's MACs over those that merging at the config's rate would leave. Raises ValueError for a model or a rate to which nothing can be pruned."""
+    check_prunable(model)
+    ratio = pyra.count_macs(model) / budget.target_macs(config, model)
+    if ratio == 1:
+        raise ValueError(f"rap prunes to the operations that merging at rate would leave, and rate {config.rate} merges nothing")
+    return ratio
+
+
 def plan(config, context):
     """Before training: the best of 20 prunings by a linear head on their features, fitted to train800, judged on val200."""
     model = context.backbone()
@@ -164,10 +173,7 @@ def plan(config, context):
         pruned.eval().to(context.device)
         return probe_loss(*context.predict_split(features, "train800"), *context.predict_split(features, "val200"), context.num_classes)
 
-    ratio = pyra.count_macs(model) / budget.target_macs(config, model)
-    if ratio == 1:
-        raise ValueError(f"rap prunes to the operations that merging at rate would leave, and rate {config.rate} merges nothing")
-    return search_pruning(model, ratio, score, seed=config.seed, progress=context.progress)
+    return search_pruning(model, flops_ratio(model, config), score, seed=config.seed, progress=context.progress)
 
 
 def add(model, config, plan):

@@ -38,7 +38,7 @@ class Result:
     peak_memory: int | None = None  # bytes on a CUDA device
     versions: dict = field(default_factory=dict)
     plan: list | None = None  # what the method chose before training: rap's (heads, units), ats's counts, diffrate's (prune, merge), one per block
-    metrics: dict = field(default_factory=dict)  # after the last epoch, see evaluation.METRICS: accuracy, confusion_matrix ...
+    metrics: dict = field(default_factory=dict)  # of the weights that were kept, see evaluation.METRICS: accuracy, confusion_matrix ...
 
 
 def runs_folder(runs=None):
@@ -61,7 +61,7 @@ def read_result(folder):
 
 
 def kept_epoch(result):
-    """Whose weights a Result's are, in words."""
+    """Which epoch's weights a Result has, in words."""
     if not result.history:
         return f"the weights trained at rate {rate}" if (rate := result.config.get("train_rate")) else "the first stage's weights"
     best = result.config.get("keep") == "best"
@@ -102,7 +102,7 @@ def results(runs=None):
     """Every record as a flat dict, so that pandas.DataFrame(results()) is a table with one row per run.
 
     Keys: id, title (the method's in tables), group (of one of VTAB-1k's 19 tasks, else None), all fields of the config, the metrics
-    after the last epoch, accuracy_best, best_epoch, loss, macs, tokens, trained_peft (_reducer, _head, _backbone),
+    of the weights that were kept, accuracy_best, best_epoch, loss, macs, tokens, trained_peft (_reducer, _head, _backbone),
     backbone_parameters, seconds_per_epoch, peak_memory, num_classes, torch, folder. tokens are those after the last block. Schedules,
     accuracy_per_class and confusion_matrix are lists.
     """

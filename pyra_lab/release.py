@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import statistics
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -193,29 +194,30 @@ def write_release(result, folder, formats=("float32",), name=None, weights=None,
         raise ImportError(f"exported files need {' and '.join(missing)}: pip install {' '.join(missing)}, or export with --formats none")
     if formats:
         deploy.check_export(model, "model.onnx", *NORMS[result.config["norm"]], result.classes)
-    if folder.resolve() == Path(result.folder).resolve():
-        raise ValueError(f"{folder} is the run's own folder: export to another")
+    if (folder / "config.json").is_file() or folder.resolve() == Path(result.folder).resolve():
+        raise ValueError(f"{folder} is a run's folder: export to another")
     released = (folder / "adapter.safetensors").is_file() and (folder / "result.json").is_file()  # an earlier call's, perhaps of another model
     if not released and (others := [name for name in RELEASED if (folder / name).exists()]):
         raise ValueError(f"{folder} holds a {others[0]} that export did not write: export to another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     written = {"README.md", "adapter.safetensors", "result.json", *(EXPORTED[given] for given in formats), *(ALONE if formats else ())}
-    if released:
-        for file in {*RELEASED} - written:
-            (folder / file).unlink(missing_ok=True)
-    if formats:
-        full = folder / (EXPORTED["float32"] if "float32" in formats else "model.partial.onnx")
-        deploy.export_onnx(model, full, *NORMS[result.config["norm"]], result.classes, streamed)
-        if "int8" in formats:
-            deploy.quantize_onnx(full, folder / EXPORTED["int8"], images)
-        if "float32" not in formats:
-            full.unlink()
-        for file in ALONE:
-            shutil.copyfile(Path(serving.__file__).with_name(file), folder / file)
-    shutil.copyfile(Path(result.folder) / "adapter.safetensors", folder / "adapter.safetensors")
     record, text = dataclasses.asdict(published(result, weights)), card(result, name, measured, weights, formats)
-    files.write_atomically(folder / "result.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
-    files.write_atomically(folder / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial", dir=folder) as partial:  # what fails leaves the folder as it was
+        partial = Path(partial)
+        if formats:
+            full = partial / (EXPORTED["float32"] if "float32" in formats else "model.partial.onnx")
+            deploy.export_onnx(model, full, *NORMS[result.config["norm"]], result.classes, streamed)
+            if "int8" in formats:
+                deploy.quantize_onnx(full, partial / EXPORTED["int8"], images)
+            for file in ALONE:
+                shutil.copyfile(Path(serving.__file__).with_name(file), partial / file)
+        shutil.copyfile(Path(result.folder) / "adapter.safetensors", partial / "adapter.safetensors")
+        (partial / "result.json").write_text(json.dumps(record, indent=1))
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        for file in sorted({*RELEASED} - written if released else ()):
+            (folder / file).unlink(missing_ok=True)
+        for file in sorted(written):
+            os.replace(partial / file, folder / file)
     return sorted(written)
 
 

@@ -67,10 +67,10 @@ def say(text):
     display(Markdown(text))
 
 
-def caution(groups):
-    """Says in bold, above numbers, that these are too few to judge by: less than 3 seeds or 10 epochs. groups: Results over seeds, one list per method.
+def caution(groups, measured=True):
+    """Says in bold, above numbers, that these are too few to judge by: fewer than 3 seeds or 10 epochs. groups: Results over seeds, one list per method.
 
-    Of the tasks that this repository knows it points at what was measured over seeds; of images of one's own nobody has.
+    It points at what was measured over seeds, where that was measured; of images of one's own nobody has.
     """
     results = [result for group in groups for result in group]
     numbers = {"epoch": max(result.config["epochs"] for result in results), "seed": len({result.config["seed"] for result in results})}
@@ -78,7 +78,7 @@ def caution(groups):
         counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
         tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
         own = all(is_own(result.config["task"]) for result in results)
-        remedy = "Repeat it with at least 10 epochs and 3 seeds before you rely on it." if own else "Results over seeds: [README.md](README.md)."
+        remedy = "Repeat it with at least 10 epochs and 3 seeds before you rely on it." if own or not measured else "Results over seeds: [README.md](README.md)."
         say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. {remedy}**")
 
 

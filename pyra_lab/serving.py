@@ -28,6 +28,9 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 NO_PICTURES = {"EPS", "FITS", "IPTC", "MCIDAS", "MPEG", "SPIDER"}
 TURNS = dict(zip(range(2, 9), (getattr(Image.Transpose, name) for name in (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))  # by EXIF orientation
+SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+          "system volume information", "lost+found", "found.000", "network trash folder", "temporary items",
+          "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # what systems leave among others' files, besides names with a dot in front
 
 
 def list_formats(signed=False):
@@ -53,7 +56,7 @@ def is_image(file):
 
 
 def find_turn(image):
-    """How a loaded image has to be transposed for its EXIF orientation, or None. EXIF data that can't be read say nothing."""
+    """How a loaded image has to be transposed for its EXIF orientation, or None. EXIF data that can't be read is ignored."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
@@ -200,8 +203,8 @@ def list_files(folder):
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))]
-        for path in (os.path.join(place, name) for name in names if not name.startswith((".", "~$"))):
+        folders[:] = [name for name in folders if not name.startswith(".") and name.casefold() not in SYSTEM]
+        for path in (os.path.join(place, name) for name in names if not name.startswith((".", "~$")) and name.casefold() not in SYSTEM):
             suffix = os.path.splitext(path)[1].lower()
             if suffix in suffixes or not suffix and is_image(path):
                 found.append(path)
@@ -313,7 +316,7 @@ def check_out(file):
 
 
 def save_csv(rows, file):
-    """Writes predictions as a CSV file, in UTF-8; what of a file's name isn't is written as \\x.."""
+    """Writes predictions as a CSV file, in UTF-8; characters of file names that it can't hold are written as \\x.."""
     with open(os.path.expanduser(file), "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
         write_csv(rows, out)
 

@@ -87,13 +87,13 @@ def read_list_task(name, path):
 
 
 def warn_of_left(path, skipped):
-    """Warns of what of a tree is left out, in one line. It comes from one place, so that Python shows each such line once."""
+    """Warns of what is left out of a tree, in one line. It comes from one place, so that Python shows each such line once."""
     if line := layouts.describe_left(path, skipped):
         warnings.warn(line, stacklevel=1)
 
 
 def is_own(name):
-    """Whether a task's name stands for images of the user's own, of which nobody has measured anything."""
+    """Whether a task's name stands for images of the user's own, on which nothing has been measured."""
     return ALIASES.get(name, name) not in VTAB and name not in DRAWN
 
 

@@ -1,8 +1,8 @@
 """One run: a Config -> a model -> training -> evaluation -> a record that is found again.
 
-A run writes runs/<id>/, where the id is a hash of its config: images.txt and started_from.txt (fingerprints of the task's files and of the adapter
-that it starts from), log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from), adapter.safetensors, plan.json where the
-method makes a plan, the teacher's logits where there is a teacher, and finally result.json. A finished run is not repeated; an interrupted one
+A run writes runs/<id>/, where the id is a hash of its config: images.txt and made_from.txt (fingerprints of the task's files and of the adapters
+that it starts from or learns from), log.jsonl (one line per epoch), TensorBoard's scalars, state.pt (to resume from), adapter.safetensors, plan.json where the
+method makes a plan, and finally result.json; a teacher's folder has its logits, too. A finished run is not repeated; an interrupted one
 resumes at its last epoch, on a CPU bit for bit (on a GPU, where merging adds up in a fixed order too, the gradients of PyTorch's attention need
 not). The id knows the config, not the files behind it nor this code: where a task's images have changed, or the run that it starts from was
 trained again, the run is refused; after changing weights or code, delete the folder.
@@ -29,8 +29,8 @@ from pyra_lab.epochs import (better_of, check_loss, cut_epoch, load_trained, mer
 from pyra_lab.evaluation import evaluate
 from pyra_lab.methods import METHODS, PEFTS, build_model
 from pyra_lab.pefts.shared import peft_macs
-from pyra_lab.preparation import (IMAGES, STARTED, Source, check_folder, check_run, epochs_of, find_source, fingerprint_of, image_size, starting_run,
-                                  take_datasets, teacher_run, warn_of, with_prerequisites)
+from pyra_lab.preparation import (IMAGES, MADE_FROM, Source, check_folder, check_run, epochs_of, find_source, fingerprint_of, image_size, made_from,
+                                  starting_run, take_datasets, teacher_run, trained_elsewhere, warn_of, with_prerequisites)
 from pyra_lab.processes import Processes, connect, from_environment
 from pyra_lab.records import Result, read_result, runs_folder
 from pyra_lab.scalars import open_scalars
@@ -45,6 +45,15 @@ def start_from(model, result):
         for name, p in model.named_parameters():
             if p.requires_grad and (name in trained or ".reducer." not in name):
                 p.copy_(trained[name])
+
+
+def warn_of_untrained(model, first, config):
+    """Warns of blocks that have something to train and merged nothing where the model was trained."""
+    parts = [getattr(block.reducer, "parameters", list)() for block in model.blocks]
+    names = [i for i, (own, r) in enumerate(zip(parts, budget.schedule(config_of(first), model))) if any(True for _ in own) and not r]
+    if names:
+        warnings.warn(f"at train_rate {config.train_rate} blocks {files.shorten(names, 24)} merge nothing: what {config.method} learns there is untrained",
+                      stacklevel=4)
 
 
 def teacher_logits(config, source, runs, device, progress):
@@ -88,6 +97,7 @@ class Run(NamedTuple):
     device: torch.device
     processes: Processes
     progress: bool  # whether to show bars
+    first: Result | None  # of the run that it starts from
 
 
 def log_counts(config, data):
@@ -110,7 +120,8 @@ def run(config, runs=None, progress=True, data=None):
     source = None
     if data is not None:
         config, source = take_datasets(config, data)
-    warn_of([config])
+    if from_environment().first:
+        warn_of([config])
     return run_source(config, source, runs, progress)
 
 
@@ -157,7 +168,7 @@ def run_source(config, source, runs, progress):
         state = read_state(folder / "state.pt")
         if state is not None and processes.first:
             logger.info(f"resumed after epoch {len(state['history'])}: {folder}")
-        run = Run(config, source, data, folder, device, processes, progress)
+        run = Run(config, source, data, folder, device, processes, progress, first)
         plan = make_plan(run) if method.plan else None
         if state is not None and state["plan"] != plan:
             if method.dial is None:
@@ -168,8 +179,11 @@ def run_source(config, source, runs, progress):
             budget.check_counts(model)
         if first is not None:
             start_from(model, first)
-            if processes.first:
-                files.write_atomically(folder / STARTED, lambda partial: partial.write_text(fingerprint_of(Path(first.folder) / "adapter.safetensors")))
+            if trained_elsewhere(config) and processes.first:
+                warn_of_untrained(model, first, config)
+        if processes.first and (adapters := made_from(config, folder.parent)):
+            prints = "".join(f"{fingerprint_of(adapter)}\n" for adapter in adapters.values())
+            files.write_atomically(folder / MADE_FROM, lambda partial: partial.write_text(prints))
         return finish(run, model.to(device), plan, state)
 
 
@@ -269,7 +283,8 @@ def summarise(run, model, plan, history, metrics, kept=-1):
     return Result(
         config=dataclasses.asdict(config), folder=str(run.folder), num_classes=task.num_classes, classes=list(task.classes), history=history,
         accuracy_last=evaluated[-1]["accuracy"], accuracy_best=best["accuracy"], best_epoch=best["epoch"],
-        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means], trained=methods.count_trained(model),
+        macs=round(macs), token_counts=[int(n) if n.is_integer() else n for n in means],
+        trained=run.first.trained if run.first and not history else methods.count_trained(model),
         backbone_parameters=sum(p.numel() for name, p in model.named_parameters() if not pyra.is_adapter(name) and not name.startswith("head_dist.")),
         seconds_per_epoch=statistics.median(entry["seconds"] for entry in history) if history else 0.0,
         peak_memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,

@@ -195,7 +195,7 @@ def check_task(name, folder, quick):
 
 
 def read_tree(path, streamed):
-    """A tree with one folder per class -> {part: {class: files}}, as a run would use its parts, and what of it is left out. Raises ValueError, OSError."""
+    """A tree with one folder per class -> {part: {class: files}}, as a run would use its parts, and what is left out of it. Raises ValueError, OSError."""
     if not streamed:
         splits, skipped = layouts.split_tree(path)
         return {f"to {use} on ({split})": splits[split] for use, split in (("train", "train800"), ("select", "val200"), ("test", "test"))}, skipped

@@ -57,6 +57,7 @@ def test_count_tokens():
     """One column where all images keep the same number, and no image is read; else one per image, of all batches."""
     assert budget.count_tokens(pyra.add_tome(tiny(), R), iter([None])).tolist() == [[37], [27], [21], [18]]
     model = ats.add_ats(tiny(), [30, 25, 20]).train()
+    assert budget.count_tokens(model, []).shape == (4, 0)  # a process without images
     counts = budget.count_tokens(model, [batch(5), batch(2)])
     assert counts.shape == (4, 7) and len(counts[-1].unique()) > 1
     assert torch.equal(counts[:, :5], budget.forward_counted(model.eval(), batch(5))[1])

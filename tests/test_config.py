@@ -221,6 +221,7 @@ def test_an_id_depends_on_all_that_matters_and_on_nothing_else(monkeypatch):
     for name in ("rate", "s", "modulation_lr", "layer_decay", "peft_dim", "peft_scale"):  # what plain LoRA does not use
         assert dataclasses.replace(base, **{name: OTHER[name]}).id() == base.id()
     assert dataclasses.replace(base, method="tome", s=2, modulation_lr=1.0).id() == dataclasses.replace(base, method="tome").id()
+    assert dataclasses.replace(base, lora_targets="fc1,qkv").id() == dataclasses.replace(base, lora_targets="qkv,fc1").id() != base.id()
     assert Config(rate=2, device="cpu").id() == Config(rate=2.0, device="cpu").id()
     assert Config(task="cifar").id() == Config(task="cifar100").id()
     for name in ("vit_nano_patch4_56", "vit_base_patch16_224.mae", "vit_small_patch14_dinov2", "vit_base_patch16_dinov3"):  # its own size, when it is given

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 import random
 import shutil
 
@@ -119,18 +120,23 @@ def test_one_adapter_for_every_rate(task, tmp_path, monkeypatch):
     assert_same_run(run(config, tmp_path / "again", progress=False), trained_at)
 
     other = dataclasses.replace(config, rate=[4, 0, 2], train_rate=config.rate)  # its last block merges, and its second doesn't
-    attached, before = run(other, tmp_path, progress=False), adapter(trained_at)
+    with pytest.warns(UserWarning, match="blocks 2 merge nothing: what pyra_row learns there is untrained"):
+        attached, before = run(other, tmp_path, progress=False), adapter(trained_at)
+    assert attached.trained == trained_at.trained  # not what only waits for training
     after = adapter(attached)
     assert attached.history == [] and attached.macs > trained_at.macs and [b.reducer and b.reducer.r for b in load_run(attached).blocks] == [4, None, 2]
     assert identical({k: v for k, v in after.items() if "blocks.2.reducer" not in k}, {k: v for k, v in before.items() if "blocks.1.reducer" not in k})
     assert not after["blocks.2.reducer.w_d"].any()  # untrained: it merges as ToMe
     assert run(dataclasses.replace(config, train_rate=config.rate), tmp_path, progress=False) == trained_at
     assert run(other, tmp_path, progress=False) == attached
+    (pathlib.Path(trained_at.folder) / "result.json").unlink()  # evaluated and saved again, with what it was
+    assert_same_run(run(config, tmp_path, progress=False), trained_at)
+    assert run(other, tmp_path, progress=False) == attached
     shutil.rmtree(trained_at.folder)
     assert run(other, tmp_path, progress=False) == attached  # a record needs no other
     run(dataclasses.replace(config, seed=1), tmp_path, progress=False)
     (tmp_path / dataclasses.replace(config, seed=1).id()).rename(trained_at.folder)  # as if it had been trained again by other code
-    with pytest.raises(ValueError, match="was trained again after .* had started from it: delete .* to start from it anew"):
+    with pytest.raises(ValueError, match="has changed since .* was made from it: delete .* to make it anew"):
         run(other, tmp_path, progress=False)
     for file in tmp_path.glob("*/adapter.safetensors"):
         file.unlink()

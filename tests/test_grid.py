@@ -303,6 +303,9 @@ def test_a_bad_list_is_refused_with_its_line(tmp_path, text, sentence):
     (tmp_path / "grid.jsonl").write_text(text)
     with pytest.raises(ValueError, match=sentence):
         grid.read_grid(tmp_path / "grid.jsonl")
+    (tmp_path / "grid.jsonl").write_text(text, encoding="utf-16")  # as PowerShell's > writes
+    with pytest.raises(ValueError, match="grid.jsonl is not text in UTF-8"):
+        grid.read_grid(tmp_path / "grid.jsonl")
 
 
 @pytest.fixture

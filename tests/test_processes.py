@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import BACKBONE, ROOT, SMALL, WITH_TESTS, adapter, assert_nearly_same, files_in, python, trained
 
-from pyra_lab import Config, processes, records, run
+from pyra_lab import Config, evaluation, processes, records, run
 from pyra_lab.config import arguments
 from pyra_lab.methods import build_model
 
@@ -80,7 +80,18 @@ def test_torchrun_of_the_command_line(task, tmp_path):
     assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-4) and abs(two.accuracy_last - one.accuracy_last) <= 1 / 24 + 1e-9
 
 
-def test_a_single_process_changes_nothing():
+def test_a_single_process_changes_nothing_and_metrics_know_the_order_of_images(monkeypatch):
     alone, x = processes.ALONE, torch.arange(3)
     assert alone.first and alone.sum(x) is x and torch.equal(alone.gather(x), x) and alone.broadcast("x") == "x" and alone.wait() is None
     assert processes.from_environment() == alone
+
+    class Two(processes.Processes):
+        """The first of two, each of which has every other image: what is gathered has its part first."""
+
+        def gather(self, tensor):
+            return torch.cat([tensor, (logits if tensor.ndim == 2 else labels)[1::2]])
+
+    logits, labels = torch.eye(5), torch.arange(5)
+    monkeypatch.setitem(evaluation.METRICS, "labels", lambda logits, labels: labels.tolist())
+    metrics = evaluation.evaluate(torch.nn.Identity(), [(logits[::2], labels[::2])], processes=Two(0, 2))
+    assert metrics["labels"] == [0, 1, 2, 3, 4] and metrics["accuracy"] == 1

@@ -363,6 +363,9 @@ def test_a_patch_alone_neither_merges_nor_is_pruned():
     for mode in (True, False):
         logits, counts = budget.forward_counted(add_ltmp(tiny(**kwargs), merge=-1.0, prune=0.0).train(mode), x)
         assert logits.isfinite().all() and counts.detach()[:, 0].tolist() == [4, 2, 1, 1]
+    for pool in ("avg", "map"):  # and thresholds that would prune all patches leave one
+        model = add_ltmp(tiny(class_token=False, global_pool=pool), merge=1.0, prune=0.9)
+        assert budget.forward_counted(model.eval(), batch())[1][1:].eq(1).all() and model(batch()).isfinite().all()
     for add in (dtem.add_dtem, fpet.add_fpet):
         assert add(tiny(**kwargs), [2, 1, 0]).train()(x).isfinite().all()
 
@@ -738,6 +741,7 @@ def naive_ltmp(tokens, qkv, image, merge, prune, specials):
     size = torch.tensor([group[1] for group in groups])[None, :, None]
     one = pyra.QKV(*(t[image:image + 1, :, :n] for t in qkv[:3]))
     importance = probabilities(one, 0, size).mean(dim=(0, 1)).tolist()
+    importance[max(range(specials, n), key=lambda j: importance[j])] = math.inf  # an image's most important patch stays
     key = F.normalize(one.k[0].mean(dim=0), dim=-1)
     into = {}
     for a in range(2, n, 2):

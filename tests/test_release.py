@@ -13,7 +13,7 @@ from helpers import ONE_STEP, adapter, files_in, identical, randomise, rows, tra
 from safetensors.torch import save_file
 
 import pyra
-from pyra_lab import Config, card, cli, load_run, predict, pull, push, run, write_release
+from pyra_lab import Config, card, cli, deploy, load_run, predict, pull, push, run, write_release
 from pyra_lab.release import RELEASED, calibration_images
 from pyra_lab.tasks import load_split
 
@@ -87,7 +87,7 @@ def test_to_the_hub_and_back(result, hub, tmp_path, monkeypatch, capsys):
     assert files_in(tmp_path / "hub/me/colours") == ["README.md", "adapter.safetensors", "result.json"]
 
 
-def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp_path):
+def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp_path, monkeypatch):
     text = card(result, "me/colours", [{"images/s": 12.5, "size, MB": 3}], weights="timm/small")
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
     front = yaml.safe_load(front)
@@ -105,8 +105,20 @@ def test_the_card_tells_a_stranger_and_nothing_of_this_machine(result, task, tmp
         (tmp_path / "bare" / file).touch()
     assert "model.onnx" not in write_release(result, tmp_path / "bare", formats=())  # what an earlier call may have written is of another model
     (tmp_path / "bare" / "mine.txt").unlink()
-    with pytest.raises(ValueError, match="is the run's own folder: export to another"):
+    with pytest.raises(ValueError, match="is a run's folder: export to another"):
         write_release(result, result.folder, formats=())
+    shutil.copytree(result.folder, tmp_path / "other")  # another run's
+    with pytest.raises(ValueError, match="other is a run's folder: export to another"):
+        write_release(result, tmp_path / "other", formats=())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", lambda *args: (_ for _ in ()).throw(OSError("No space left on device")))
+        for name in ("bare", "new"):  # an export that fails leaves a folder as it was, and can be repeated
+            with pytest.raises(OSError, match="No space left"):
+                write_release(result, tmp_path / name, formats=())
+        patch.setattr(deploy, "LARGEST", 1000)
+        with pytest.raises(ValueError, match="an ONNX file holds at most 2 GB, and the weights take"):
+            write_release(result, tmp_path / "new")
+    assert files_in(tmp_path / "new") == [] and write_release(result, tmp_path / "new", formats=()) == files_in(tmp_path / "bare")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("three weeks of notes")
     with pytest.raises(ValueError, match="mine holds a README.md that export did not write: export to another folder"):

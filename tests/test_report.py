@@ -113,8 +113,9 @@ def test_caution_where_runs_are_few_or_short(said):
     report.caution([[result(seed=seed, epochs=10) for seed in range(2)]])
     report.caution([[result(seed=seed, epochs=10) for seed in range(3)]])
     report.caution([[dataclasses.replace(result(), config={**result().config, "task": "digits"})]])
-    assert len(said) == 3 and said[0].startswith("**1 epoch, 1 seed, shapes: an illustration") and said[1].startswith("**10 epochs, 2 seeds,")
-    assert ["Repeat it with at least" in text for text in said] == [True, True, False] and "README.md" in said[2]
+    report.caution([[dataclasses.replace(result(), config={**result().config, "task": "digits"})]], measured=False)
+    assert len(said) == 4 and said[0].startswith("**1 epoch, 1 seed, shapes: an illustration") and said[1].startswith("**10 epochs, 2 seeds,")
+    assert ["Repeat it with at least" in text for text in said] == [True, True, False, True] and "README.md" in said[2]
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------

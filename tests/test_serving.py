@@ -101,14 +101,14 @@ def test_predictions_are_the_models_own(trained, kind):
 def test_what_cannot_be_read_is_a_row(trained, tmp_path, capsys, monkeypatch):
     """By the command, of a run's id; hidden files and those of other kinds are left out."""
     result, folder = trained
-    write_tree(tmp_path / "photos", {"a": 2})
+    write_tree(tmp_path / "photos", {"a": 2, "@eaDir": 1, "__pycache__": 1})
     for name, content in {"a/broken.jpg": photo("turned")[:300], "text.png": b"hello", ".hidden.png": b"", "notes.txt": b"", "empty.gif": b""}.items():
         (tmp_path / "photos" / name).write_bytes(content)
     monkeypatch.setenv("PYRA_RUNS", str(Path(result.folder).parent))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("L", (60, 60)).save(tmp_path / "photos" / "huge.png")
     (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"hello")  # a name that isn't UTF-8
-    write_tree(tmp_path / "elsewhere", {"b": 1})
+    write_tree(tmp_path / "elsewhere", {"@b": 1})
     for link, target in (("linked", "elsewhere"), ("around", "photos"), ("again", "photos/a")):  # no image comes twice
         (tmp_path / "photos" / link).symlink_to(tmp_path / target)
     with pytest.raises(FileNotFoundError, match="there is no folder .*/nowhere to write out.csv in"):

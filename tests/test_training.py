@@ -236,6 +236,8 @@ def test_a_teacher_is_fed_what_it_was_trained_with():
     ("stream:/images", "train800val200", "val200", False),  # a stream's test images
 ])  # and where epochs are compared on the images that are evaluated
 def test_selecting_on_what_was_trained_on_is_warned_of(task, train_split, eval_split, warned):
+    for split, other in (("train800", "train800val200"), ("val200", "test")):  # of a stream, train/ and val/
+        assert len([*notes(Config(task="stream:/images", train_split=split, eval_split=other))]) == 1
     told = [*notes(Config(task=task, train_split=train_split, eval_split=eval_split))]
     for split in ("val200", "test"):
         told += notes(Config(task="digits", train_split="train800", eval_split=split, keep="best"))
@@ -259,6 +261,10 @@ def test_teacher_is_trained_once_and_learned_from(task, tmp_path):
         p, q = load_run(teacher)(x).softmax(dim=1), build_model(config, 3)(x).softmax(dim=1)
     expected = (p * (p / q).log()).sum(dim=1).mean() - q[torch.arange(21), labels].log().mean()
     assert result.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert run(config, tmp_path, progress=False) == result
+    shutil.copyfile(pathlib.Path(result.folder) / "adapter.safetensors", pathlib.Path(teacher.folder) / "adapter.safetensors")
+    with pytest.raises(ValueError, match="has changed since .* was made from it: delete .* to make it anew"):  # a teacher
+        run(config, tmp_path, progress=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -479,7 +485,7 @@ REFUSED = [  # fields, what the sentence says
     (dict(teacher_weights="missing.safetensors", teacher=BACKBONE), "no file 'missing.safetensors'"),
     (dict(rate="high"), "flops_ratio 3.463 is out of reach: merging down to 4 patches reaches"),
     (dict(rate=[16] * 11, method="tome"), "3 blocks"),
-    (dict(rate=[16] * 11, method="rap"), "3 blocks"),
+    (dict(rate=[0] * 3, method="rap", weights="missing.safetensors"), "rap prunes to the operations .* and rate .* merges nothing"),  # before weights are read
     (dict(rate=[99, 1, 1]), "block 0: 99 pairs can't merge, 37 tokens are left and at most 18 pairs can"),
     (dict(device="cuda"), "device cuda was requested, but PyTorch finds no CUDA device here"),
 ]

@@ -1,4 +1,4 @@
-"""What makes predictions hang on rounding? `python notebooks/measured/matching.py folder --data_root ... --weights ...` writes matching.csv beside it.
+"""Why do predictions change with rounding? `python notebooks/measured/matching.py folder --data_root ... --weights ...` writes matching.csv beside it.
 
 ToMe compares tokens anew in every block, by keys that rounding has moved: near-ties fall differently, and what follows differs. Here a ViT-Ti is
 trained with four metrics. One that is fixed before the first block, and computed in float32 from numbers that bfloat16 holds, is the same to

@@ -47,11 +47,13 @@ class LTMP(nn.Module):
 
     @torch.no_grad()
     def importance(self, qkv, size):
-        """The mean attention that a token gets from living ones, (b, n); infinite for special tokens, and for dead ones, which are not to be pruned again."""
-        rows, alive = attention_rows(qkv, size).mean(dim=1), (size > 0).float()
+        """The mean attention that a token gets from living ones, (b, n). Infinite for what is not to be pruned: special tokens, dead ones, which are gone
+        already, and the most important patch, since a model may have nothing else to classify."""
+        rows, alive, dead = attention_rows(qkv, size).mean(dim=1), (size > 0).float(), size[..., 0] == 0
         importance = (rows * alive).sum(dim=1) / alive.sum(dim=1)
+        top = importance.masked_fill(dead, -1)[:, self.specials:].argmax(dim=1, keepdim=True) + self.specials
         importance[:, :self.specials] = math.inf
-        return importance.masked_fill(size[..., 0] == 0, math.inf)
+        return importance.masked_fill(dead, math.inf).scatter(1, top, math.inf)
 
     def forward(self, tokens, qkv):
         x, size, source = pyra.with_sizes(tokens._replace(x=pyra.widen(tokens.x)))
