@@ -78,7 +78,8 @@ def caution(groups, measured=True):
         counted = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in numbers.items())
         tasks = ", ".join(dict.fromkeys(result.config["task"].split("/")[-1] for result in results))
         own = all(is_own(result.config["task"]) for result in results)
-        remedy = "Repeat it with at least 10 epochs and 3 seeds before you rely on it." if own or not measured else "Results over seeds: [README.md](README.md)."
+        repeat = "Repeat it with at least 10 epochs and 3 seeds before you rely on it."
+        remedy = repeat if own or not measured else "Results over seeds: [README.md](README.md)."
         say(f"**{counted}, {tasks}: an illustration of the procedure, not evidence. {remedy}**")
 
 
