@@ -726,7 +726,7 @@ def check_fit(source, own, given, optional=(), reason=""):
     require(given.keys() & own.keys(), f"{source} doesn't fit the model: it has none of its names, but {listed([*given])}{reason}")
     odd = [f"{k} as {tuple(given[k].shape)}, not {tuple(p.shape)}" for k, p in own.items() if k in given and given[k].shape != p.shape]
     lacking, unexpected = [k for k in own if k not in given and not k.startswith(tuple(optional))], [k for k in given if k not in own]
-    for what, names in {"has": odd, "lacks": lacking, "has unexpected names,": unexpected}.items():
+    for what, names in {"has": odd, "lacks": lacking, "has unexpected": unexpected}.items():
         require(not names, f"{source} doesn't fit the model: it {what} {listed(names)}{reason}")
     odd = [k for k, v in given.items() if not (v.is_floating_point() and v.float().isfinite().all())]
     require(not odd, f"{source} doesn't fit the model: not all is a finite floating-point number in {listed(odd)}")

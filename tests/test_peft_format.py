@@ -167,7 +167,7 @@ def rename(folder, old, new):
     (lambda f: edit_weights(f, B=torch.zeros(2, 72)), r"lora_B.weight as \(2, 72\), not \(72, 2\)"),
     (lambda f: edit_weights(f, B=None), "it lacks blocks.0.attn.qkv.lora_B.weight$"),
     (lambda f: rename(f, "blocks.0", "blocks.3"), "it lacks blocks.0.attn.qkv.lora_A.weight, blocks.0.attn.qkv.lora_B.weight$"),
-    (lambda f: rename(f, "attn.qkv", "attn.kv"), "it has unexpected names, blocks.0.attn.kv.lora_A.weight"),
+    (lambda f: rename(f, "attn.qkv", "attn.kv"), "it has unexpected blocks.0.attn.kv.lora_A.weight"),
     (lambda f: rename(f, "head.bias", "other"), "it lacks head.bias$"),
     (lambda f: rename(f, ".head.", ".tail."), "it lacks head.weight, head.bias$"),
     (lambda f: save_file({"base_model.model.head.weight": torch.ones(5, 24)}, f / WEIGHTS), "it lacks head.bias$"),
