@@ -49,10 +49,10 @@ def start_from(model, result):
 
 def warn_of_untrained(model, first, config):
     """Warns of blocks that have something to train and merged nothing where the model was trained."""
-    parts = [getattr(block.reducer, "parameters", list)() for block in model.blocks]
-    names = [i for i, (own, r) in enumerate(zip(parts, budget.schedule(config_of(first), model))) if any(True for _ in own) and not r]
-    if names:
-        warnings.warn(f"at train_rate {config.train_rate} blocks {files.shorten(names, 24)} merge nothing: what {config.method} learns there is untrained",
+    merged = budget.schedule(config_of(first), model)
+    untrained = [i for i, block in enumerate(model.blocks) if not merged[i] and block.reducer is not None and [*block.reducer.parameters()]]
+    if untrained:
+        warnings.warn(f"at train_rate {config.train_rate} blocks {files.shorten(untrained, 24)} merge nothing: what {config.method} learns there is untrained",
                       stacklevel=4)
 
 
